@@ -1,0 +1,115 @@
+"""Counts parameters and FLOPs from a configuration alone, exactly and without torch.
+
+One multiplication with its addition is two FLOPs. Norms, softmax, RoPE, activations and the embedding look-up
+are left out, as is usual: together they are well under one per cent of a model of any size.
+"""
+
+from dataclasses import dataclass, fields
+
+from moe_lab.config import LMConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Parts:
+    """Named whole numbers with their sum."""
+
+    @property
+    def total(self) -> int:
+        """The sum of all parts."""
+        return sum(self.by_part().values())
+
+    def by_part(self) -> dict[str, int]:
+        """Each part's name and number, in the order in which a token meets them."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def share(self, part: str) -> float:
+        """One part's share of the total, 0 to 1."""
+        return getattr(self, part) / self.total
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameters(_Parts):
+    """Learned numbers of a model, over all its layers."""
+
+    embedding: int
+    conv: int = 0
+    attention: int
+    ffn: int
+    norms: int
+    head: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flops(_Parts):
+    """FLOPs of one forward pass over one sequence, over all layers."""
+
+    conv: int = 0
+    attention_projections: int
+    attention_scores: int
+    ffn: int
+    head: int
+
+
+def ffn_matrices(config: LMConfig) -> int:
+    """How many D × F matrices the FFN has: SwiGLU's gate, up and down, or the MLP's up and down."""
+    return 3 if config.ffn == "swiglu" else 2
+
+
+def ffn_parameters(config: LMConfig) -> int:
+    """Parameters of one layer's FFN."""
+    return ffn_matrices(config) * config.d_model * config.d_ff
+
+
+def attention_parameters(config: LMConfig) -> int:
+    """Parameters of one layer's attention: query and output for every head, key and value for the shared ones."""
+    return 2 * config.d_model * config.d_head * (config.n_heads + config.n_kv_heads)
+
+
+def count_parameters(config: LMConfig) -> Parameters:
+    """Every learned number of the model; a tied head costs nothing, its table is the embedding's."""
+    table = config.vocab_size * config.d_model
+    return Parameters(
+        embedding=table,
+        conv=config.d_model * config.conv_width,
+        attention=config.n_layers * attention_parameters(config),
+        ffn=config.n_layers * ffn_parameters(config),
+        norms=config.d_model * (2 * config.n_layers + 1),
+        head=0 if config.tied_embeddings else table,
+    )
+
+
+def count_flops(config: LMConfig, tokens: int, *, causal: bool = True) -> Flops:
+    """FLOPs of a forward pass over one sequence of `tokens`; a training step costs three times as much.
+
+    With `causal`, position s pays for the s + 1 positions that it sees; without, every pair is paid for, which is
+    what an implementation that masks a full score matrix computes, and what `torch.utils.flop_counter` counts.
+
+    Raises:
+        ValueError: fewer than one token.
+    """
+    if tokens < 1:
+        raise ValueError(f"tokens={tokens}: expected 1 or more.")
+    pairs = tokens * (tokens + 1) // 2 if causal else tokens**2
+    per_token = 2 * tokens
+    return Flops(
+        conv=per_token * config.d_model * config.conv_width,
+        attention_projections=per_token * config.n_layers * attention_parameters(config),
+        attention_scores=4 * pairs * config.n_layers * config.n_heads * config.d_head,
+        ffn=per_token * config.n_layers * ffn_parameters(config),
+        head=per_token * config.vocab_size * config.d_model,
+    )
+
+
+def ffn_width(d_model: int, multiple_of: int, multiplier: float = 1.0) -> int:
+    """LLaMA's rule for d_ff: two thirds of 4 D, times a multiplier, rounded up to a multiple.
+
+    Source: `FeedForward.__init__` in Meta's reference code for Llama 2 and 3
+    (https://github.com/meta-llama/llama3/blob/main/llama/model.py).
+
+    Raises:
+        ValueError: a size or the multiplier is not positive.
+    """
+    if min(d_model, multiple_of, multiplier) <= 0:
+        raise ValueError(f"d_model={d_model}, multiple_of={multiple_of}, multiplier={multiplier}: expected > 0.")
+    width = int(multiplier * int(2 * 4 * d_model / 3))
+    return -(-width // multiple_of) * multiple_of

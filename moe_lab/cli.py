@@ -1,0 +1,47 @@
+"""The `moe-lab` command. A sub-command's module is imported only when it is asked for, so the rest stays light."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from moe_lab import __version__
+from moe_lab.paths import CourseError
+
+COMMANDS = {
+    "lab": ("moe_lab.course.lab", "open the course in JupyterLab"),
+    "doctor": ("moe_lab.course.doctor", "say what works on this machine, and what to do about the rest"),
+    "progress": ("moe_lab.course.progress", "show which exercises you have solved"),
+    "test": ("moe_lab.course.suite", "run lint, the unit tests and every notebook"),
+    "build": ("moe_lab.course.builder", "make notebooks/ and solutions/ from lessons/"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one sub-command; returns its exit status, 2 where a sentence said what is wrong, 130 after Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a redirected Windows console cannot write "×": better "?" than a traceback
+            stream.reconfigure(errors="replace")
+    try:
+        parsed = _parser(sys.argv[1:] if arguments is None else arguments).parse_args(arguments)
+        return parsed.run(parsed)
+    except CourseError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser, with the options of that sub-command alone which `arguments` start with."""
+    parser = argparse.ArgumentParser(prog="moe-lab", description="From a dense FFN to a working MoE, in notebooks.")
+    parser.add_argument("--version", action="version", version=f"moe-lab {__version__}")
+    parser.set_defaults(run=lambda _: parser.print_help() or 0)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    for name, (module, says) in COMMANDS.items():
+        command = commands.add_parser(name, help=says, description=f"{says.capitalize()}.")
+        if name in arguments[:1]:
+            loaded = importlib.import_module(module)
+            loaded.add_arguments(command)
+            command.set_defaults(run=loaded.main)
+    return parser

@@ -1,0 +1,20 @@
+"""The notebooks of the course in reading order; those that are written know their minutes from their lesson."""
+
+# Number, short title, a learner's minutes (None: not written yet). A test holds the minutes equal to the lessons'.
+NOTEBOOKS: tuple[tuple[str, str, int | None], ...] = (
+    ("00", "start here", 15),
+    ("01", "dense FFN", 60),
+    ("02", "router", None),
+    ("03", "top-k MoE", None),
+    ("04", "dispatch", None),
+    ("05", "load balancing", None),
+    ("06", "shared experts", None),
+    ("07", "expert parallelism", None),
+    ("08", "Triton grouped GEMM", None),
+    ("09", "arithmetic of MoE", None),
+    ("10", "training", None),
+    ("11", "serving", None),
+    ("12", "distil, upcycle", None),
+    ("13", "real checkpoints", None),
+    ("14", "the bug museum", None),
+)

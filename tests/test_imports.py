@@ -1,0 +1,76 @@
+"""Imports point one way, and `import moe_lab` is light: both are kept here."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "moe_lab"
+
+# Each module may import those before it; `course`, `viz` and `cli` may import everything.
+ORDER = ["paths", "config", "accounting", "presets", "ffn", "attention", "data", "lm", "train"]
+ON_TOP = ("viz", "course", "cli", "__main__")
+
+
+def imported_modules(path: Path) -> set[str]:
+    """First-level modules of the package that a file imports, wherever in the file."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("moe_lab"):
+            parts = node.module.split(".")
+            found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("moe_lab.")}
+    return found
+
+
+def test_every_module_has_its_place():
+    modules = {path.stem for path in PACKAGE.glob("*.py")} | {
+        p.name for p in PACKAGE.iterdir() if (p / "__init__.py").is_file()
+    }
+    assert modules - {"__init__"} == set(ORDER) | set(ON_TOP)
+
+
+@pytest.mark.parametrize("module", ORDER)
+def test_imports_point_one_way(module):
+    allowed = set(ORDER[: ORDER.index(module)])
+    assert imported_modules(PACKAGE / f"{module}.py") <= allowed
+
+
+def loaded_after(statement: str) -> set[str]:
+    code = f"{statement}\nimport sys; print(' '.join(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return {name.split(".")[0] for name in done.stdout.split()} | set(done.stdout.split())
+
+
+HEAVY = {"torch", "triton", "matplotlib", "ipywidgets", "IPython", "numpy", "jupytext"}
+
+
+@pytest.mark.parametrize(
+    ("statement", "must_not_load"),
+    [
+        ("import moe_lab", HEAVY),
+        ("import moe_lab.accounting, moe_lab.presets", HEAVY),
+        ("import moe_lab.cli", HEAVY),
+        ("import moe_lab.train, moe_lab.lm", {"triton", "matplotlib", "ipywidgets", "IPython"}),
+    ],
+)
+def test_imports_are_light(statement, must_not_load):
+    assert not loaded_after(statement) & must_not_load
+
+
+def test_course_loads_only_the_chapter_asked_for():
+    loaded = loaded_after("from moe_lab.course.exercises import find; find('1.1')")
+    chapters = {name for name in loaded if name.startswith("moe_lab.course.chapters.ch")}
+    assert chapters == {"moe_lab.course.chapters.ch01"}
+
+
+def test_names_are_loaded_when_used():
+    import moe_lab
+
+    for name in moe_lab.__all__:
+        assert getattr(moe_lab, name).__name__ == name
+    with pytest.raises(AttributeError, match="nonsense"):
+        moe_lab.nonsense  # noqa: B018
