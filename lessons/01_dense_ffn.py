@@ -371,7 +371,8 @@ for name, rule in {
 from moe_lab.accounting import Parameters
 from moe_lab.presets import REAL_MODELS
 
-REAL_MODELS["Llama 3 70B"]
+for name, value in vars(REAL_MODELS["Llama 3 70B"]).items():
+    print(f"{name:<16}{value}")
 
 # %% [markdown]
 # ### Exercise 1.4 · every parameter of a Llama
@@ -622,8 +623,8 @@ for domain, held_out in corpus.val.items():
 # each embedding with the two before it. Everything else is a Llama in miniature.
 
 # %%
-print(DENSE_BASELINE)
-print(BASELINE_TRAINING)
+for config in (DENSE_BASELINE, BASELINE_TRAINING):
+    print("\n".join(f"{name:<16}{value}" for name, value in vars(config).items()), "\n")
 
 # %% [markdown]
 # 500 steps, each on 16 windows of 64 bytes. The learning rate rises for 20 steps, then falls along a cosine. This

@@ -16,6 +16,7 @@ from moe_lab.paths import CourseError, course_root
 HOST = "127.0.0.1"
 FIRST_PORT = 8888
 START = "notebooks/00_start_here.ipynb"
+SETTINGS = Path(__file__).parent / "jupyter"
 NEEDED = {"PyTorch", "Jupyter", "Kernel"}  # a problem with one of these and no notebook runs
 
 
@@ -29,6 +30,9 @@ def main(args: argparse.Namespace) -> int:
     """Becomes JupyterLab, so that nothing stands between it and Ctrl-C; returns on Windows alone."""
     root = course_root()
     os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # this environment's kernel, not one of the same name elsewhere
+    # The course's own settings: no question about news above the first notebook. The learner's files stay as they are.
+    paths = [str(SETTINGS), *filter(None, [os.environ.get("JUPYTER_CONFIG_PATH")])]
+    os.environ["JUPYTER_CONFIG_PATH"] = os.pathsep.join(paths)
     port = choose_port(args.port)
     print("Looking at this machine ...", flush=True)
     tell(diagnose())
@@ -41,10 +45,10 @@ def main(args: argparse.Namespace) -> int:
         print(f"run `ssh -L {port}:{HOST}:{port} NAME` there, NAME being this one's.")
     print("Ctrl-C here ends it.", flush=True)
     command = [sys.executable, "-m", "moe_lab.course.server", *options(root, port, page, browser)]
-    if os.name != "nt":
-        os.execv(sys.executable, command)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches JupyterLab as well, which ends on it
-    return subprocess.call(command)
+    if os.name == "nt":
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches JupyterLab as well, which ends on it
+        return subprocess.call(command)
+    return os.execv(sys.executable, command)
 
 
 def tell(findings: list[Finding]) -> None:
@@ -115,8 +119,8 @@ def options(root: Path, port: int, page: str, browser: bool) -> list[str]:
         "ServerApp.answer_yes": True,
         "ServerApp.allow_root": hasattr(os, "geteuid") and os.geteuid() == 0,
         "ServerApp.base_url": "/",
-        "ServerApp.log_level": "WARN",
-        "LabApp.log_level": "WARN",
+        "ServerApp.log_level": "ERROR",
+        "LabApp.log_level": "ERROR",
         "LabApp.default_url": f"/lab/tree/{page}",
         "LabApp.news_url": None,
         "LabApp.check_for_updates_class": "jupyterlab.handlers.announcements.NeverCheckForUpdate",

@@ -115,7 +115,8 @@ def stacked(rows: Mapping[str, Mapping[str, float]], *, title: str, alt: str) ->
                 left += share
         axes.invert_yaxis()
         axes.set(title=title, xlabel="share (%)", xlim=(0, 100))
-        figure.legend(seen.values(), seen, loc="outside lower center", ncols=len(seen), fontsize=9)
+        names = [name for name in dict.fromkeys(map(part_name, PART_COLOURS)) if name in seen]
+        figure.legend([seen[name] for name in names], names, loc="outside lower center", ncols=len(names), fontsize=9)
         return Picture(figure, alt)
 
 

@@ -4,6 +4,7 @@ A picture is kept in an `Image` widget, so that a notebook read without a kernel
 """
 
 from collections.abc import Mapping
+from html import escape
 
 import ipywidgets as widgets
 
@@ -19,10 +20,11 @@ class Explorer:
     def __init__(self, sliders: Mapping[str, widgets.Widget]) -> None:
         self.sliders = dict(sliders)
         self.image = widgets.Image(format="png")
+        self.caption = widgets.HTML()  # the alt text, seen by all: a live image has no place for one
         for slider in self.sliders.values():
             slider.observe(self._redraw, names="value")
         self._redraw()
-        self.view = widgets.VBox([widgets.VBox(list(self.sliders.values())), self.image])
+        self.view = widgets.VBox([*self.sliders.values(), self.image, self.caption])
 
     def draw(self, **values: float) -> Picture:
         """The picture for these values of the sliders."""
@@ -31,6 +33,7 @@ class Explorer:
     def _redraw(self, _change: object = None) -> None:
         self.picture = self.draw(**{name: slider.value for name, slider in self.sliders.items()})
         self.image.value = self.picture.png
+        self.caption.value = f"<p role='status'>{escape(self.picture.alt)}</p>"
         shown_width = self.picture._repr_mimebundle_()[1]["image/png"]["width"]
         self.image.layout.width = f"{shown_width}px"
 

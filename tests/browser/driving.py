@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib.util
-import json
 import os
 import re
 import shutil
@@ -81,10 +80,6 @@ def own_environment(scratch: Path) -> dict[str, str]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
     folders = ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTERLAB_SETTINGS_DIR", "JUPYTERLAB_WORKSPACES_DIR")
     environment |= {name: str(scratch / name.lower()) for name in folders}
-    # A learner has answered Jupyter's question about news long ago; here it would cover what is to be clicked.
-    settings = scratch / "jupyterlab_settings_dir" / "@jupyterlab" / "apputils-extension"
-    settings.mkdir(parents=True)
-    (settings / "notification.jupyterlab-settings").write_text(json.dumps({"fetchNews": "false"}))
     return environment | {"IPYTHONDIR": str(scratch / "ipython"), "OMP_NUM_THREADS": "1"}
 
 

@@ -44,6 +44,7 @@ def main() -> None:
         exercise.answer("return F.relu(x @ w_up.T @ w_down.T)")
         exercise.output.get_by_text("not right yet").wait_for()
         notebook.cell("torch.nn.Sequential(").select()  # or the exercise has a frame and a toolbar
+        exercise.locator.evaluate("cell => cell.scrollIntoView({block: 'center'})")
         lab.page.mouse.move(0, 0)
         save(exercise.locator.screenshot(), "exercise.png")
 

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from driving import browser_missing, wait_until
+from driving import CLICK, browser_missing, wait_until
 
 from moe_lab.course.chapters import ch01
 from moe_lab.viz.explorer import SizeExplorer
@@ -13,6 +13,7 @@ from moe_lab.viz.explorer import SizeExplorer
 MISSING = browser_missing()
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 expect = pytest.importorskip("playwright.sync_api", reason=MISSING).expect
+expect.set_options(timeout=CLICK * 1000)
 WRONG, RIGHT = "return F.relu(x @ w_up.T @ w_down.T)", "return F.relu(x @ w_up.T) @ w_down.T"
 SAYS = next(mistake.says for mistake in ch01.MLP.mistakes if mistake.name == "activation on the output")
 
@@ -40,12 +41,11 @@ def test_an_exercise_names_the_mistake_and_the_progress_survives_a_restart(lab):
     expect(exercise.output).to_contain_text(SAYS)
     exercise.answer(RIGHT)
     expect(exercise.output).to_contain_text("passed · Exercise 1.1")
-    expect(exercise.output).not_to_contain_text(SAYS)
     notebook.save()
 
     lab.restart_kernel()
     imports.run()
-    assert imports.count() == 1, "the kernel began anew"
+    assert imports.count() == 1, "the kernel was not restarted"
     expect(exercise.locator).to_contain_text(RIGHT)
     progress.run()
     expect(progress.output.get_by_role("row", name="1.1")).to_contain_text("not started here, passed before")

@@ -106,11 +106,14 @@ def test_what_is_started(monkeypatch, capsys, no_browser):
     monkeypatch.setattr(lab, "has_browser", lambda environment: True)
     monkeypatch.setattr(os, "execv", lambda python, command: commands.append(command))
     monkeypatch.setattr(lab.subprocess, "call", lambda command: commands.append(command))
+    monkeypatch.setattr(lab.signal, "signal", lambda *_: None)  # on Windows: else later tests could not be stopped
     monkeypatch.setenv("JUPYTER_TOKEN", "kept by monkeypatch")
     monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "kept by monkeypatch")
+    monkeypatch.setenv("JUPYTER_CONFIG_PATH", "a learner's own")
     lab.main(argparse.Namespace(port=None, no_browser=no_browser))
     said, command = capsys.readouterr().out, commands[0]
     token = os.environ["JUPYTER_TOKEN"]
+    assert os.environ["JUPYTER_CONFIG_PATH"] == os.pathsep.join([str(lab.SETTINGS), "a learner's own"])
     assert len(token) == 48
     assert f"?token={token}\n" in said
     assert token not in " ".join(command)  # every user of the machine can read it there
@@ -220,7 +223,7 @@ def test_a_real_server(tmp_path):
             process.send_signal(signal.SIGINT)
             said, _ = process.communicate(timeout=60)
             assert process.returncode == 0
-            assert "?" not in said
+            assert "(y/[n])" not in said, said
             assert not any(map(command_line, left))
 
 
@@ -233,6 +236,6 @@ def test_ctrl_c_at_a_terminal_asks_nothing(tmp_path):
         said, _ = process.communicate(timeout=60)
     assert process.returncode == 0
     assert "Shutting down" in said
-    assert "?" not in said
+    assert "(y/[n])" not in said, said
     for end in (terminal, stdin):
         os.close(end)

@@ -134,6 +134,7 @@ def test_moving_a_slider_redraws_the_picture():
     assert explorer.image.value != before
     assert explorer.image.value == explorer.picture.png
     assert "d_ff 22,016" in explorer.picture.alt
+    assert explorer.picture.alt in explorer.caption.value
 
 
 def test_the_explorer_leaves_a_picture_for_readers_without_a_kernel():
