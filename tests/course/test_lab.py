@@ -223,7 +223,7 @@ def test_a_real_server(tmp_path):
             process.send_signal(signal.SIGINT)
             said, _ = process.communicate(timeout=60)
             assert process.returncode == 0
-            assert "(y/[n])" not in said, said
+            assert "Shut down this Jupyter server" not in said, said
             assert not any(map(command_line, left))
 
 
@@ -236,6 +236,6 @@ def test_ctrl_c_at_a_terminal_asks_nothing(tmp_path):
         said, _ = process.communicate(timeout=60)
     assert process.returncode == 0
     assert "Shutting down" in said
-    assert "(y/[n])" not in said, said
+    assert "Shut down this Jupyter server" not in said, said
     for end in (terminal, stdin):
         os.close(end)
