@@ -1,6 +1,7 @@
 """Imports point one way, and `import moe_lab` is light: both are kept here."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -62,7 +63,7 @@ def test_imports_are_light(statement, must_not_load):
 
 
 def test_course_loads_only_the_chapter_asked_for():
-    loaded = loaded_after("from moe_lab.course.exercises import find; find('1.1')")
+    loaded = loaded_after("from moe_lab.course.bank import find; find('1.1')")
     chapters = {name for name in loaded if name.startswith("moe_lab.course.chapters.ch")}
     assert chapters == {"moe_lab.course.chapters.ch01"}
 
@@ -74,3 +75,16 @@ def test_names_are_loaded_when_used():
         assert getattr(moe_lab, name).__name__ == name
     with pytest.raises(AttributeError, match="nonsense"):
         moe_lab.nonsense  # noqa: B018
+
+
+@pytest.mark.parametrize("package", ["course", "viz"])
+def test_no_circle_inside_a_package(package):
+    graph = {}
+    for path in (PACKAGE / package).rglob("*.py"):
+        name = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+        nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+        froms = [node for node in nodes if isinstance(node, ast.ImportFrom) and node.module]
+        targets = {node.module for node in froms} | {f"{node.module}.{a.name}" for node in froms for a in node.names}
+        graph[name] = targets - {name}
+    inside = {name: targets & graph.keys() - {f"moe_lab.{package}"} for name, targets in graph.items()}
+    graphlib.TopologicalSorter(inside).prepare()  # raises CycleError, which names the circle

@@ -15,6 +15,7 @@ from typing import Any
 from filelock import FileLock
 
 from moe_lab import paths
+from moe_lab.course.bank import chapters, load_chapter
 from moe_lab.course.display import MUTED, badge, present, word
 
 VERSION = 1
@@ -207,8 +208,6 @@ class Table:
 
 def show_progress(chapter: str | int) -> None:
     """Shows how each exercise of a chapter did in this kernel and, where a learner is at work, in earlier ones."""
-    from moe_lab.course.exercises import load_chapter
-
     live, known = is_live(sys._getframe(1).f_globals), Progress()
     if live:
         with suppress(paths.CourseError):
@@ -228,8 +227,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Prints every chapter with a bar, or starts the record afresh."""
-    from moe_lab.course.exercises import chapters, load_chapter
-
     file = paths.progress_file()
     if args.reset:
         return _reset(file)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from moe_lab.course.exercises import Case, Exercise, Mistake
+from moe_lab.course.bank import Case, Exercise, Mistake
 
 MINIMUM = 1
 

@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 import torch
 
+from moe_lab.course.bank import Exercise, chapters, load_chapter
 from moe_lab.course.checking import compare
-from moe_lab.course.exercises import Exercise, Outcome, attempt, chapters, check, load_chapter
+from moe_lab.course.exercises import Outcome, attempt, check
 from moe_lab.course.lesson import parse, solved, unsolved
 from moe_lab.paths import lessons_dir
 

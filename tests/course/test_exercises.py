@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from moe_lab.course import exercise
+from moe_lab.course.bank import Case, Mistake, UnknownExercise, find
 from moe_lab.course.checking import Refused, Run, compare, fresh_state, load_weights, matches, show, show_pair, snapshot
-from moe_lab.course.exercises import Case, Mistake, Outcome, UnknownExercise, check, find
+from moe_lab.course.exercises import Outcome, check
 from moe_lab.paths import CourseError
 
 
@@ -619,7 +620,8 @@ def test_an_outcome_prints_on_a_console_that_cannot_say_it(monkeypatch, capsys):
 TRITON = """
 import sys, torch, triton, triton.language as tl
 from dataclasses import replace
-from moe_lab.course.exercises import Case, Exercise, Mistake, check
+from moe_lab.course.bank import Case, Exercise, Mistake
+from moe_lab.course.exercises import check
 
 @triton.jit
 def double(x, y, n: tl.constexpr):

@@ -352,7 +352,7 @@ def test_the_table_has_icons_and_words_and_escapes():
 
 @pytest.fixture
 def one_chapter(live, monkeypatch):
-    monkeypatch.setattr("moe_lab.course.exercises.chapters", lambda: [98])
+    monkeypatch.setattr("moe_lab.course.progress.chapters", lambda: [98])
 
 
 def run_command(*arguments: str) -> int:

@@ -2,7 +2,7 @@
 
 import math
 
-from moe_lab.course.exercises import Case, Exercise, Mistake
+from moe_lab.course.bank import Case, Exercise, Mistake
 
 
 def nats_to_bits(nats: float) -> float:

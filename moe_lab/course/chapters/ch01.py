@@ -11,7 +11,7 @@ from torch import Tensor
 from moe_lab import accounting, ffn
 from moe_lab.accounting import Flops, Parameters
 from moe_lab.config import LMConfig
-from moe_lab.course.exercises import Case, Exercise, Mistake
+from moe_lab.course.bank import Case, Exercise, Mistake
 from moe_lab.presets import LLAMA_3_70B, LLAMA_7B
 
 
