@@ -384,8 +384,10 @@ def assert_immediate(done: subprocess.CompletedProcess) -> None:
 def interrupt(course: Path, index: str) -> subprocess.CompletedProcess:
     """A run that gets Ctrl-C, with all its children as at a terminal, while it makes the environment."""
     command = [sys.executable, "-S", str(course / "course.py"), "doctor"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, env=environment(index), start_new_session=True, **pipes) as process:
+    how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    # A shell lets what it starts in the background ignore Ctrl-C, and children inherit that: not so at a terminal.
+    how["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, env=environment(index), **how) as process:
         started = next(line for line in process.stdout if "making" in line.lower())
         time.sleep(0.5)
         os.killpg(process.pid, signal.SIGINT)

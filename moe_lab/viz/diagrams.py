@@ -79,7 +79,7 @@ def draw_block() -> Picture:
         _plus(axes, 9.2, stream)
         _arrow(axes, (9.4, stream), (10.6, stream))
         _box(axes, 11.4, stream, "norm, head", PURPLE, 1.55)
-        axes.text(7.4, stream - 0.28, "residual stream, D numbers a token", fontsize=9, ha="center")
+        axes.text(7.4, stream - 0.28, "residual stream, D numbers per token", fontsize=9, ha="center")
         for x, part, colour in ((2.8, "attention", BLUE), (6.5, "FFN", ORANGE)):
             _arrow(axes, (x, stream), (x, 1.62))
             _box(axes, x, 1.9, "norm", GREEN, 0.95)
