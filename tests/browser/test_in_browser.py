@@ -21,6 +21,7 @@ SAYS = next(mistake.says for mistake in ch01.MLP.mistakes if mistake.name == "ac
 def test_00_runs_to_its_end_and_leads_to_01(lab):
     notebook = lab.current("00_start_here")
     notebook.run_all()
+    expect(lab.page.get_by_text("official Jupyter news")).to_have_count(0)  # it would cover the notebook's corner
     cells = [cell for cell in notebook.save().cells if cell.cell_type == "code"]
     outputs = [output for cell in cells for output in cell.outputs]
     assert [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"] == []
