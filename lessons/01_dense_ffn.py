@@ -170,7 +170,8 @@ viz.heatmap(
 
 # %%
 after_ffn = after_attention + block.ffn(block.ffn_norm(after_attention))
-torch.allclose(after_ffn, block(x), atol=1e-6)
+y, _ = block(x)  # the second result is for blocks with experts
+torch.allclose(after_ffn, y, atol=1e-6)
 
 # %% [markdown]
 # **Head.** After the last block, one more norm and one matrix turn D numbers into 256 scores: softmax makes them a
@@ -380,7 +381,7 @@ for name, value in vars(REAL_MODELS["Llama 3 70B"]).items():
 # ●●○ · 8 minutes · about eight lines
 #
 # Return `Parameters(embedding=…, attention=…, ffn=…, norms=…, head=…)`, each summed over all layers. The sizes are
-# `config.d_model`, `config.n_kv_heads` and so on, named as above. (`Parameters` has a `conv` too; it stays 0.)
+# `config.d_model`, `config.n_kv_heads` and so on, named as above. (`Parameters` has more parts, for later; they stay 0.)
 #
 # <details><summary>Hint 1</summary>
 #

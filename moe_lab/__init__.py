@@ -6,10 +6,15 @@ __version__ = "0.1.0"
 
 _HOME = {
     "LMConfig": "config",
+    "MoEConfig": "config",
+    "RouterConfig": "config",
     "TrainConfig": "config",
     "MLP": "ffn",
     "SwiGLU": "ffn",
     "LM": "lm",
+    "MoE": "moe",
+    "Router": "routing",
+    "Routing": "records",
     "Corpus": "data",
     "load_corpus": "data",
     "count_flops": "accounting",

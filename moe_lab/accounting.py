@@ -6,7 +6,7 @@ are left out, as is usual: together they are well under one per cent of a model 
 
 from dataclasses import dataclass, fields
 
-from moe_lab.config import LMConfig
+from moe_lab.config import LMConfig, MoEConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +35,9 @@ class Parameters(_Parts):
     conv: int = 0
     attention: int
     ffn: int
+    router: int = 0
+    experts: int = 0
+    shared_experts: int = 0
     norms: int
     head: int
 
@@ -47,12 +50,19 @@ class Flops(_Parts):
     attention_projections: int
     attention_scores: int
     ffn: int
+    router: int = 0
+    experts: int = 0
+    shared_experts: int = 0
     head: int
 
 
 def ffn_matrices(config: LMConfig) -> int:
     """How many D × F matrices the FFN has: SwiGLU's gate, up and down, or the MLP's up and down."""
-    return 3 if config.ffn == "swiglu" else 2
+    return _matrices(config.ffn)
+
+
+def _matrices(kind: str) -> int:
+    return 3 if "swiglu" in kind else 2
 
 
 def ffn_parameters(config: LMConfig) -> int:
@@ -65,16 +75,56 @@ def attention_parameters(config: LMConfig) -> int:
     return 2 * config.d_model * config.d_head * (config.n_heads + config.n_kv_heads)
 
 
-def count_parameters(config: LMConfig) -> Parameters:
-    """Every learned number of the model; a tied head costs nothing, its table is the embedding's."""
+def expert_parameters(moe: MoEConfig) -> int:
+    """Parameters of one routed expert."""
+    matrices = _matrices(moe.expert)
+    biases = (matrices - 1) * moe.d_ff + moe.d_model if moe.expert_bias else 0
+    return matrices * moe.d_model * moe.d_ff + biases
+
+
+def router_parameters(moe: MoEConfig) -> int:
+    """Parameters of one layer's router; a selection bias is not learned by gradients and not counted."""
+    matrices = 2 if moe.noisy_top_k else 1
+    return matrices * moe.n_experts * moe.d_model + (moe.n_experts if moe.logit_bias else 0)
+
+
+def shared_expert_parameters(moe: MoEConfig) -> int:
+    """Parameters of one layer's shared experts together, their gate included."""
+    return _matrices(moe.expert) * moe.d_model * moe.d_ff_shared + (moe.d_model if moe.shared_gate else 0)
+
+
+def moe_parameters(moe: MoEConfig, *, active: bool = False) -> int:
+    """Parameters of one layer of experts, or with `active` those that one token uses: `top_k` of the routed experts."""
+    n_experts = moe.top_k if active else moe.n_experts
+    return router_parameters(moe) + n_experts * expert_parameters(moe) + shared_expert_parameters(moe)
+
+
+def _qk_norm_parameters(config: LMConfig) -> int:
+    return {"none": 0, "head": 2, "all": config.n_heads + config.n_kv_heads}[config.qk_norm] * config.d_head
+
+
+def count_parameters(config: LMConfig, *, active: bool = False) -> Parameters:
+    """Every learned number of the model, or with `active` those that one token uses: `top_k` of the routed experts.
+
+    A tied head costs nothing, its table is the embedding's. The active count holds the whole embedding table, as most
+    published figures do, though a token reads one row of it.
+    """
     table = config.vocab_size * config.d_model
+    moe, n_moe = config.moe, config.n_moe_layers
+    parts = {}
+    if moe:
+        n_experts = moe.top_k if active else moe.n_experts
+        parts["router"] = n_moe * router_parameters(moe)
+        parts["experts"] = n_moe * n_experts * expert_parameters(moe)
+        parts["shared_experts"] = n_moe * shared_expert_parameters(moe)
     return Parameters(
         embedding=table,
         conv=config.d_model * config.conv_width,
         attention=config.n_layers * attention_parameters(config),
-        ffn=config.n_layers * ffn_parameters(config),
-        norms=config.d_model * (2 * config.n_layers + 1),
+        ffn=(config.n_layers - n_moe) * ffn_parameters(config),
+        norms=config.d_model * (2 * config.n_layers + 1) + config.n_layers * _qk_norm_parameters(config),
         head=0 if config.tied_embeddings else table,
+        **parts,
     )
 
 
@@ -82,7 +132,8 @@ def count_flops(config: LMConfig, tokens: int, *, causal: bool = True) -> Flops:
     """FLOPs of a forward pass over one sequence of `tokens`; a training step costs three times as much.
 
     With `causal`, position s pays for the s + 1 positions that it sees; without, every pair is paid for, which is
-    what an implementation that masks a full score matrix computes, and what `torch.utils.flop_counter` counts.
+    what an implementation that masks a full score matrix computes, and what `torch.utils.flop_counter` counts. In a
+    layer of experts a token pays for the router, its `top_k` experts and the shared ones; no capacity is assumed.
 
     Raises:
         ValueError: fewer than one token.
@@ -91,12 +142,20 @@ def count_flops(config: LMConfig, tokens: int, *, causal: bool = True) -> Flops:
         raise ValueError(f"tokens={tokens}: expected 1 or more.")
     pairs = tokens * (tokens + 1) // 2 if causal else tokens**2
     per_token = 2 * tokens
+    moe, n_moe = config.moe, config.n_moe_layers
+    parts = {}
+    if moe:
+        one_expert = _matrices(moe.expert) * moe.d_model * moe.d_ff
+        parts["router"] = per_token * n_moe * moe.n_experts * moe.d_model
+        parts["experts"] = per_token * n_moe * moe.top_k * one_expert
+        parts["shared_experts"] = per_token * n_moe * shared_expert_parameters(moe)
     return Flops(
         conv=per_token * config.d_model * config.conv_width,
         attention_projections=per_token * config.n_layers * attention_parameters(config),
         attention_scores=4 * pairs * config.n_layers * config.n_heads * config.d_head,
-        ffn=per_token * config.n_layers * ffn_parameters(config),
+        ffn=per_token * (config.n_layers - n_moe) * ffn_parameters(config),
         head=per_token * config.vocab_size * config.d_model,
+        **parts,
     )
 
 

@@ -26,7 +26,8 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Grouped-query attention: `n_heads` queries share `n_kv_heads` keys and values.
 
-    Source: Ainslie et al. 2023, "GQA". With `n_kv_heads == n_heads` it is multi-head attention.
+    Source: Ainslie et al. 2023, "GQA". With `n_kv_heads == n_heads` it is multi-head attention. Queries and keys may be
+    normalised before RoPE turns them, each head by itself (Qwen3) or all heads as one row (OLMoE).
     """
 
     def __init__(self, config: LMConfig) -> None:
@@ -37,12 +38,21 @@ class Attention(nn.Module):
         self.w_k = nn.Linear(config.d_model, config.n_kv_heads * config.d_head, bias=False)
         self.w_v = nn.Linear(config.d_model, config.n_kv_heads * config.d_head, bias=False)
         self.w_o = nn.Linear(config.n_heads * config.d_head, config.d_model, bias=False)
+        self.qk_norm = config.qk_norm
+        if config.qk_norm != "none":
+            heads = (1, 1) if config.qk_norm == "head" else (config.n_heads, config.n_kv_heads)
+            self.q_norm, self.k_norm = (nn.RMSNorm(n * config.d_head, eps=config.norm_eps) for n in heads)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, S, D) to (B, S, D); position s sees positions 0 … s."""
         batch, length, _ = x.shape
-        q = self.w_q(x).view(batch, length, self.n_heads, self.d_head).transpose(1, 2)  # (B, heads, S, d_head)
-        k = self.w_k(x).view(batch, length, self.n_kv_heads, self.d_head).transpose(1, 2)
+        q, k = self.w_q(x), self.w_k(x)
+        if self.qk_norm == "all":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q = q.view(batch, length, self.n_heads, self.d_head).transpose(1, 2)  # (B, heads, S, d_head)
+        k = k.view(batch, length, self.n_kv_heads, self.d_head).transpose(1, 2)
+        if self.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
         v = self.w_v(x).view(batch, length, self.n_kv_heads, self.d_head).transpose(1, 2)
         angles = rotary_angles(length, self.d_head, self.rope_theta, x.device)
         mixed = F.scaled_dot_product_attention(

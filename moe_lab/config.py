@@ -1,9 +1,16 @@
 """The sizes of a model, validated where they are made. No torch: `accounting` counts from these alone."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Self
 
 FFN_KINDS = ("swiglu", "relu", "gelu")
+EXPERT_KINDS = (*FFN_KINDS, "clamped_swiglu")
+SCORES = ("softmax", "sigmoid")
+GROUP_SCORES = ("max", "top2_sum")
+DROP_RULES = ("position", "score")
+WEIGHED = ("output", "input")
+QK_NORMS = ("none", "head", "all")
 
 
 def _require(condition: bool, field: str, value: object, expected: str) -> None:
@@ -18,6 +25,137 @@ def _require_positive_int(config: object, *fields: str) -> None:
         _require(is_int and value > 0, field, value, "a positive integer")
 
 
+def _require_count(config: object, *fields: str) -> None:
+    for field in fields:
+        value = getattr(config, field)
+        is_int = isinstance(value, int) and not isinstance(value, bool)
+        _require(is_int and value >= 0, field, value, "an integer of 0 or more")
+
+
+def _require_one_of(config: object, field: str, choices: tuple[str, ...]) -> None:
+    _require(getattr(config, field) in choices, field, getattr(config, field), f"one of {', '.join(choices)}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterConfig:
+    """How tokens choose `top_k` of `n_experts`, and what weights the chosen get.
+
+    Args:
+        score: what makes scores of logits: "softmax" over all experts, or "sigmoid" of each alone.
+        normalise: divide the chosen experts' scores by their sum. With softmax this equals a softmax over the chosen
+            logits alone.
+        scaling_factor: multiplies the weights, last of all.
+        n_groups, groups_kept, group_score: experts stand in `n_groups` equal groups in order of their ids; only those
+            in a token's best `groups_kept` groups can be chosen. A group is worth its best score ("max"), or the sum
+            of its two best ("top2_sum").
+        selection_bias: keep a bias per expert that is added to its score for choosing, never for weighing.
+        logit_bias: the router's linear layer has a bias.
+        input_jitter: in training, multiply what the router reads by numbers from U(1 - jitter, 1 + jitter).
+        noisy_top_k: in training, add Gaussian noise of a learned size to the logits.
+
+    Raises:
+        ValueError: a field that cannot be, with its name, its value and what was expected.
+    """
+
+    d_model: int
+    n_experts: int
+    top_k: int
+    score: str = "softmax"
+    normalise: bool = True
+    scaling_factor: float = 1.0
+    n_groups: int = 1
+    groups_kept: int = 1
+    group_score: str = "max"
+    selection_bias: bool = False
+    logit_bias: bool = False
+    input_jitter: float = 0.0
+    noisy_top_k: bool = False
+
+    def __post_init__(self) -> None:
+        _require_positive_int(self, "d_model", "n_experts", "top_k", "n_groups", "groups_kept")
+        at_most = f"at most n_experts={self.n_experts}"
+        _require(self.top_k <= self.n_experts, "top_k", self.top_k, at_most)
+        _require_one_of(self, "score", SCORES)
+        _require_one_of(self, "group_score", GROUP_SCORES)
+        for field in ("normalise", "selection_bias", "logit_bias", "noisy_top_k"):
+            _require(isinstance(getattr(self, field), bool), field, getattr(self, field), "True or False")
+        is_factor = _is_number(self.scaling_factor) and self.scaling_factor > 0
+        _require(is_factor, "scaling_factor", self.scaling_factor, "a positive number")
+        is_jitter = _is_number(self.input_jitter) and 0 <= self.input_jitter < 1
+        _require(is_jitter, "input_jitter", self.input_jitter, "a number in [0, 1)")
+        divides = self.n_experts % self.n_groups == 0
+        _require(divides, "n_groups", self.n_groups, f"a divisor of n_experts={self.n_experts}")
+        _require(
+            self.groups_kept <= self.n_groups, "groups_kept", self.groups_kept, f"at most n_groups={self.n_groups}"
+        )
+        group_size = self.n_experts // self.n_groups
+        in_reach = self.groups_kept * group_size
+        _require(in_reach >= self.top_k, "top_k", self.top_k, f"at most the {in_reach} experts of the kept groups")
+        has_two = self.n_groups == 1 or self.group_score == "max" or group_size >= 2
+        _require(has_two, "group_score", self.group_score, f"'max', for groups of {group_size} have no two best")
+
+    def but(self, **changes: object) -> Self:
+        """The same configuration with some fields changed, validated again."""
+        return replace(self, **changes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEConfig(RouterConfig):
+    """A layer of routed experts, with or without shared ones; the routing fields are `RouterConfig`'s.
+
+    Args:
+        d_ff: the width of one routed expert.
+        n_shared_experts: experts that every token visits. They are held as one FFN, `d_ff_shared` wide.
+        d_ff_shared: by default `n_shared_experts * d_ff`.
+        shared_gate: multiply what the shared experts give by the sigmoid of a learned number per token.
+        expert: the kind of every expert.
+        expert_bias: the routed experts' matrices have biases.
+        weigh: multiply each expert's "output" by its weight, or its "input".
+        capacity_factor: an expert takes at most its even share of the choices times this, rounded up, and the rest
+            are dropped. None drops nothing.
+        drop: who is kept when an expert is full: the first by "position", or the best by "score".
+
+    Raises:
+        ValueError: a field that cannot be, with its name, its value and what was expected.
+    """
+
+    d_ff: int
+    n_shared_experts: int = 0
+    d_ff_shared: int | None = None
+    shared_gate: bool = False
+    expert: str = "swiglu"
+    expert_bias: bool = False
+    weigh: str = "output"
+    capacity_factor: float | None = None
+    drop: str = "position"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_positive_int(self, "d_ff")
+        _require_count(self, "n_shared_experts")
+        if self.d_ff_shared is None:
+            object.__setattr__(self, "d_ff_shared", self.n_shared_experts * self.d_ff)
+        _require_count(self, "d_ff_shared")
+        agrees = (self.d_ff_shared > 0) == (self.n_shared_experts > 0)
+        _require(agrees, "d_ff_shared", self.d_ff_shared, f"a width for n_shared_experts={self.n_shared_experts}")
+        _require_one_of(self, "expert", EXPERT_KINDS)
+        _require_one_of(self, "weigh", WEIGHED)
+        _require_one_of(self, "drop", DROP_RULES)
+        for field in ("shared_gate", "expert_bias"):
+            _require(isinstance(getattr(self, field), bool), field, getattr(self, field), "True or False")
+        has_shared = self.n_shared_experts > 0 or not self.shared_gate
+        _require(
+            has_shared, "shared_gate", self.shared_gate, "shared experts to gate, so n_shared_experts of 1 or more"
+        )
+        factor = self.capacity_factor
+        is_factor = factor is None or (_is_number(factor) and factor > 0)
+        _require(is_factor, "capacity_factor", factor, "a positive number, or None to drop nothing")
+
+
 @dataclass(frozen=True, kw_only=True)
 class LMConfig:
     """A decoder-only language model, LLaMA's layout: RMSNorm, RoPE, grouped-query attention, an FFN per layer.
@@ -25,6 +163,9 @@ class LMConfig:
     `n_kv_heads` and `d_head` default to what they are in plain multi-head attention. The two switches that
     LLaMA does not have are for models of a few hundred kilobytes: `conv_width` puts a short causal convolution
     on the embeddings (0 leaves it out), `tied_embeddings` uses one table for input and output.
+
+    With `moe`, every layer's FFN is a layer of experts, except the first `n_dense_layers`, which keep an FFN of width
+    `d_ff`. `qk_norm` puts an RMSNorm on queries and keys: on each "head" (Qwen3), or on "all" heads at once (OLMoE).
 
     Raises:
         ValueError: a field that cannot be, with its name, its value and what was expected.
@@ -40,6 +181,9 @@ class LMConfig:
     ffn: str = "swiglu"
     conv_width: int = 0
     tied_embeddings: bool = False
+    moe: MoEConfig | None = None
+    n_dense_layers: int = 0
+    qk_norm: str = "none"
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-5
 
@@ -56,15 +200,32 @@ class LMConfig:
         divides = self.n_heads % self.n_kv_heads == 0
         _require(divides, "n_kv_heads", self.n_kv_heads, f"a divisor of n_heads={self.n_heads}")
         _require(self.d_head % 2 == 0, "d_head", self.d_head, "an even number (RoPE turns pairs)")
-        _require(self.ffn in FFN_KINDS, "ffn", self.ffn, f"one of {', '.join(FFN_KINDS)}")
-        is_width = isinstance(self.conv_width, int) and not isinstance(self.conv_width, bool)
-        _require(is_width and self.conv_width >= 0, "conv_width", self.conv_width, "an integer of 0 or more")
+        _require_one_of(self, "ffn", FFN_KINDS)
+        _require_one_of(self, "qk_norm", QK_NORMS)
+        _require_count(self, "conv_width", "n_dense_layers")
+        _require_moe_fits(self)
         _require(self.rope_theta > 0, "rope_theta", self.rope_theta, "a positive number")
         _require(self.norm_eps > 0, "norm_eps", self.norm_eps, "a positive number")
+
+    @property
+    def n_moe_layers(self) -> int:
+        """How many layers have experts; they are the last ones."""
+        return self.n_layers - self.n_dense_layers if self.moe else 0
 
     def but(self, **changes: object) -> Self:
         """The same configuration with some fields changed, validated again."""
         return replace(self, **changes)
+
+
+def _require_moe_fits(config: LMConfig) -> None:
+    moe = config.moe
+    _require(moe is None or isinstance(moe, MoEConfig), "moe", moe, "a MoEConfig, or None for a dense model")
+    if moe is None:
+        _require(config.n_dense_layers == 0, "n_dense_layers", config.n_dense_layers, "0 where there is no moe")
+        return
+    _require(moe.d_model == config.d_model, "moe.d_model", moe.d_model, f"the model's d_model={config.d_model}")
+    expected = f"at most n_layers={config.n_layers}"
+    _require(config.n_dense_layers <= config.n_layers, "n_dense_layers", config.n_dense_layers, expected)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,11 @@ from torch import Tensor, nn
 
 from moe_lab.attention import Attention
 from moe_lab.config import LMConfig
+from moe_lab.experts import Experts
 from moe_lab.ffn import make_ffn
+from moe_lab.moe import MoE
+from moe_lab.records import Routing
+from moe_lab.routing import Router
 
 # Attention starts quiet, so that a small model first learns which byte follows which, and only then looks back.
 ATTENTION_OUTPUT_SCALE = 0.3
@@ -36,19 +40,20 @@ class CausalConv(nn.Module):
 
 
 class Block(nn.Module):
-    """One decoder block: attention, then the FFN, each on a normalised copy and added back to the stream."""
+    """One decoder block: attention, then the FFN or the experts, each on a normalised copy and added back."""
 
-    def __init__(self, config: LMConfig) -> None:
+    def __init__(self, config: LMConfig, is_moe: bool = False) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.attention = Attention(config)
         self.ffn_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
-        self.ffn = make_ffn(config)
+        self.ffn = MoE(config.moe) if is_moe else make_ffn(config)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, S, D) to (B, S, D)."""
+    def forward(self, x: Tensor) -> tuple[Tensor, Routing | None]:
+        """(B, S, D) to (B, S, D), and how the tokens were routed if the FFN is a layer of experts."""
         x = x + self.attention(self.attention_norm(x))
-        return x + self.ffn(self.ffn_norm(x))
+        y, routing = self.ffn(self.ffn_norm(x)) if isinstance(self.ffn, MoE) else (self.ffn(self.ffn_norm(x)), None)
+        return x + y, routing
 
 
 class LM(nn.Module):
@@ -59,7 +64,9 @@ class LM(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.conv = CausalConv(config.d_model, config.conv_width) if config.conv_width else nn.Identity()
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.blocks = nn.ModuleList(
+            Block(config, is_moe=layer >= config.n_layers - config.n_moe_layers) for layer in range(config.n_layers)
+        )
         self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if config.tied_embeddings:
@@ -74,29 +81,34 @@ class LM(nn.Module):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
             elif isinstance(module, CausalConv):
                 nn.init.normal_(module.weight, std=module.width**-0.5)
+            elif isinstance(module, Router | Experts):
+                module.reset_parameters()
         self.head.weight.mul_(HEAD_SCALE)
         # With one table for both ends the head's scale wins, or the first logits would be sqrt(D) too large.
         nn.init.normal_(self.embedding.weight, std=self.config.d_model**-0.5 if self.config.tied_embeddings else 1.0)
         for block in self.blocks:
             block.attention.w_o.weight.mul_(ATTENTION_OUTPUT_SCALE)
 
-    def forward(self, tokens: Tensor) -> tuple[Tensor, tuple]:
-        """(B, S) byte ids to logits (B, S, V), and one routing record per MoE layer (none in a dense model)."""
-        x = self.conv(self.embedding(tokens))
+    def forward(self, tokens: Tensor) -> tuple[Tensor, tuple[Routing, ...]]:
+        """(B, S) byte ids to logits (B, S, V), and a `Routing` of B·S tokens per MoE layer (none if dense)."""
+        x, routings = self.conv(self.embedding(tokens)), []
         for block in self.blocks:
-            x = block(x)
-        return self.head(self.norm(x)), ()
+            x, routing = block(x)
+            if routing is not None:
+                routings.append(routing)
+        return self.head(self.norm(x)), tuple(routings)
 
 
 @contextmanager
 def watch_hidden(model: LM, see: Callable[[int, Tensor], Tensor | None]) -> Iterator[None]:
-    """While it lasts, `see(layer, hidden)` meets what every FFN's neurons hold, (B, S, F), before `w_down`.
+    """While it lasts, `see(layer, hidden)` meets what every dense FFN's neurons hold, (B, S, F), before `w_down`.
 
-    What `see` returns goes on in its place; None leaves it as it is.
+    What `see` returns goes on in its place; None leaves it as it is. Layers of experts are passed over.
     """
     hooks = [
         block.ffn.w_down.register_forward_pre_hook(lambda _module, inputs, layer=layer: see(layer, inputs[0]))
         for layer, block in enumerate(model.blocks)
+        if not isinstance(block.ffn, MoE)
     ]
     try:
         yield

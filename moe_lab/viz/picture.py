@@ -21,6 +21,9 @@ PART_COLOURS = {
     "attention_projections": BLUE,
     "attention_scores": SKY,
     "ffn": ORANGE,
+    "router": VERMILLION,
+    "experts": ORANGE,
+    "shared_experts": "#F5CF7A",
     "norms": GREEN,
     "head": PURPLE,
 }
@@ -28,6 +31,7 @@ PART_NAMES = {
     "attention": "attention projections",
     "ffn": "FFN",
     "conv": "convolution",
+    "shared_experts": "shared experts",
     "attention_projections": "attention projections",
     "attention_scores": "attention scores",
 }

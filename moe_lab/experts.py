@@ -1,0 +1,88 @@
+"""The routed experts: their weights stacked into one tensor a matrix, multiplied group by group."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe_lab.config import MoEConfig
+from moe_lab.ffn import ACTIVATIONS
+from moe_lab.ops import grouped_mm
+
+# gpt-oss's constants (openai/gpt-oss, gpt_oss/torch/model.py, `swiglu`)
+CLAMP, SLOPE = 7.0, 1.702
+
+
+def clamped_swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """gpt-oss's gate, `(up + 1) * gate * sigmoid(1.702 gate)`, with both branches clamped at 7."""
+    gate, up = gate.clamp(max=CLAMP), up.clamp(-CLAMP, CLAMP)
+    return (up + 1) * gate * torch.sigmoid(SLOPE * gate)
+
+
+GATED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "swiglu": lambda gate, up: F.silu(gate) * up,
+    "clamped_swiglu": clamped_swiglu,
+}
+
+
+class Experts(nn.Module):
+    """E small FFNs side by side. `w_gate` and `w_up` are (E, F, D), `w_down` is (E, D, F); ungated kinds have no gate.
+
+    Args:
+        impl: how rows meet their expert's matrices: a key of `moe_lab.ops.GROUPED_MM`, or "auto".
+    """
+
+    def __init__(self, config: MoEConfig, impl: str = "auto") -> None:
+        super().__init__()
+        self.kind, self.impl = config.expert, impl
+        n, width, d_model = config.n_experts, config.d_ff, config.d_model
+        gated, biased = config.expert in GATED, config.expert_bias
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape))
+
+        self.w_gate = parameter(n, width, d_model) if gated else None
+        self.w_up = parameter(n, width, d_model)
+        self.w_down = parameter(n, d_model, width)
+        self.b_gate = parameter(n, width) if gated and biased else None
+        self.b_up = parameter(n, width) if biased else None
+        self.b_down = parameter(n, d_model) if biased else None
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw new weights: every matrix from N(0, 1 / fan_in), biases at 0."""
+        for name, parameter in self.named_parameters():
+            if name.startswith("b_"):
+                parameter.zero_()
+            else:
+                nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+
+    def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
+        """Rows sorted by expert, (R, D) to (R, D); expert e has those from `offsets[e - 1]` to `offsets[e]`."""
+        if self.b_up is not None:
+            ids = torch.arange(len(rows), device=rows.device)
+            owners = torch.searchsorted(offsets, ids, right=True)  # (R,) the expert of each row
+
+        def product(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+            y = grouped_mm(x, w, offsets, self.impl)
+            return y if b is None else y + b[owners]
+
+        return self._ffn(rows, product)
+
+    def one(self, expert: int, x: Tensor) -> Tensor:
+        """What one expert computes, (..., D) to (..., D), in plain matrix products."""
+
+        def product(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+            return F.linear(x, w[expert], None if b is None else b[expert])
+
+        return self._ffn(x, product)
+
+    def _ffn(self, x: Tensor, product: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> Tensor:
+        up = product(x, self.w_up, self.b_up)
+        if self.w_gate is None:
+            hidden = ACTIVATIONS[self.kind](up)
+        else:
+            hidden = GATED[self.kind](product(x, self.w_gate, self.b_gate), up)
+        return product(hidden, self.w_down, self.b_down)

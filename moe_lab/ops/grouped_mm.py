@@ -1,0 +1,89 @@
+"""The grouped matrix product: rows sorted by group, one matrix for every group.
+
+The contract, for every variant in `GROUPED_MM`:
+
+    rows (R, I), weights (E, O, I), offsets (E,) int32 -> (R, O)
+
+Row r belongs to the group e with `offsets[e - 1] <= r < offsets[e]` (the first begins at 0, the last ends at R) and
+becomes `rows[r] @ weights[e].T`. Groups may be empty. Gradients reach rows and weights; an empty group's is zero.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def grouped_mm(rows: Tensor, weights: Tensor, offsets: Tensor, impl: str = "auto") -> Tensor:
+    """The grouped matrix product by one of the variants in `GROUPED_MM`; "auto" asks `choose_impl`.
+
+    Raises:
+        ValueError: a variant that does not exist.
+    """
+    if impl == "auto":
+        impl = choose_impl(rows, weights)
+    if impl not in GROUPED_MM:
+        raise ValueError(f"impl={impl!r}: expected one of auto, {', '.join(GROUPED_MM)}.")
+    return GROUPED_MM[impl](rows, weights, offsets)
+
+
+def reference(rows: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
+    """One product after the other, in any dtype. It reads the offsets on the host: one sync on a GPU."""
+    ends = offsets.tolist()
+    groups = zip([0, *ends], ends, weights, strict=False)
+    return torch.cat([rows[start:end] @ w.T for start, end, w in groups])
+
+
+def torch_grouped(rows: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
+    """PyTorch's own grouped product, without a host sync on GPUs from Hopper on.
+
+    Raises:
+        ValueError: what it does not take: fp64, or rows whose length is no multiple of 16 bytes.
+    """
+    if not _torch_takes(rows, weights):
+        raise ValueError(
+            f"impl='torch' cannot multiply rows of {rows.shape[1]} and weights to {weights.shape[1]} in {rows.dtype}: "
+            "expected fp32, bf16 or fp16, and sizes that are a multiple of 16 bytes. Use impl='auto'."
+        )
+    product = F.grouped_mm(rows, weights.mT, offs=offsets)
+    if product.requires_grad:
+        product.register_hook(Tensor.contiguous)  # its backward refuses expanded gradients, as `.sum()` makes them
+    return product
+
+
+def padded(rows: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
+    """Every group padded to the fullest one, then one batched product. Reading its size is a sync on a GPU.
+
+    The fuller the fullest group against the mean, the more of the work is on zeros.
+    """
+    n_groups, out_width, width = weights.shape
+    starts = F.pad(offsets[:-1], (1, 0))
+    size = int((offsets - starts).max())
+    row_ids = torch.arange(len(rows), device=rows.device)
+    groups = torch.searchsorted(offsets, row_ids, right=True)
+    places = groups * size + row_ids - starts[groups]
+    table = rows.new_zeros(n_groups * size, width).index_copy(0, places, rows)
+    products = table.view(n_groups, size, width) @ weights.mT  # (E, size, O)
+    return products.view(-1, out_width).index_select(0, places)
+
+
+GROUPED_MM: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "reference": reference,
+    "torch": torch_grouped,
+    "padded": padded,
+}
+
+
+def _torch_takes(rows: Tensor, weights: Tensor) -> bool:
+    aligned = all(size * rows.element_size() % 16 == 0 for size in weights.shape[1:])
+    return aligned and rows.dtype in (torch.float32, torch.bfloat16, torch.float16)
+
+
+def choose_impl(rows: Tensor, weights: Tensor) -> str:
+    """The variant that "auto" stands for, from shapes, dtype and device alone: "torch", or where it cannot, "padded".
+
+    Measured with `moe-lab bench`: on a CPU no variant wins everywhere. "padded" can be a little faster while the load
+    is even, and is several times slower when it is not; the load is not known from shapes.
+    """
+    return "torch" if _torch_takes(rows, weights) else "padded"
