@@ -48,7 +48,7 @@ def to_hugging_face(family: str, tensors: Mapping[str, Tensor]) -> dict[str, Ten
     Raises:
         ValueError: an unknown family, or tensors that the family's layer does not have; the message names them.
     """
-    moves = _moves(family, len(tensors["experts.w_up"]) if "experts.w_up" in tensors else 0)
+    moves = _moves(family, len(tensors["experts.w_in"]) if "experts.w_in" in tensors else 0)
     moves = [move for move in moves if any(name in tensors for name in move.ours)]
     _require_names(family, set(tensors), {name for move in moves for name in move.ours})
     return {
@@ -87,18 +87,14 @@ def _same(ours: str, theirs: str) -> _Move:
     return _Move((ours,), (theirs,))
 
 
-def _halves(ours: tuple[str, str], theirs: str) -> _Move:
-    """(E, 2F, D): all gates, then all ups."""
-    return _Move(ours, (theirs,), lambda gate, up: (torch.cat([gate, up], 1),), lambda w: w.chunk(2, 1))
-
-
-def _turns(ours: tuple[str, str], theirs: str) -> _Move:
-    """(E, 2F, D) or (E, 2F): gate and up by turns."""
-
-    def to_theirs(gate: Tensor, up: Tensor) -> tuple[Tensor]:
-        return (torch.stack([gate, up], 2).flatten(1, 2),)
-
-    return _Move(ours, (theirs,), to_theirs, lambda w: (w[:, ::2], w[:, 1::2]))
+def _turns(ours: str, theirs: str) -> _Move:
+    """(E, 2F, D) or (E, 2F): ours holds all gates, then all ups; theirs gate and up by turns."""
+    return _Move(
+        (ours,),
+        (theirs,),
+        lambda w: (torch.stack(w.chunk(2, 1), 2).flatten(1, 2),),
+        lambda w: (torch.cat([w[:, ::2], w[:, 1::2]], 1),),
+    )
 
 
 def _one_by_one(ours: str, theirs: str, n_experts: int) -> _Move:
@@ -112,12 +108,11 @@ def _shared(theirs: str) -> list[_Move]:
 
 
 def _moves(family: str, n_experts: int) -> list[_Move]:
-    gate_up = ("experts.w_gate", "experts.w_up")
     match family:
         case "mixtral" | "qwen2_moe" | "qwen3_moe" | "olmoe" | "deepseek_v2" | "deepseek_v3":
             moves = [
                 _same("router.weight", "gate.weight"),
-                _halves(gate_up, "experts.gate_up_proj"),
+                _same("experts.w_in", "experts.gate_up_proj"),
                 _same("experts.w_down", "experts.down_proj"),
             ]
             if family == "qwen2_moe":
@@ -130,22 +125,22 @@ def _moves(family: str, n_experts: int) -> list[_Move]:
         case "switch":
             return [
                 _same("router.weight", "router.classifier.weight"),
-                _one_by_one("experts.w_up", "experts.expert_{}.wi.weight", n_experts),
+                _one_by_one("experts.w_in", "experts.expert_{}.wi.weight", n_experts),
                 _one_by_one("experts.w_down", "experts.expert_{}.wo.weight", n_experts),
             ]
         case "gpt_oss":
             return [
                 _same("router.weight", "router.weight"),
                 _same("router.bias", "router.bias"),
-                _turns(gate_up, "experts.gate_up_proj").transposed(),
-                _turns(("experts.b_gate", "experts.b_up"), "experts.gate_up_proj_bias"),
+                _turns("experts.w_in", "experts.gate_up_proj").transposed(),
+                _turns("experts.b_in", "experts.gate_up_proj_bias"),
                 _same("experts.w_down", "experts.down_proj").transposed(),
                 _same("experts.b_down", "experts.down_proj_bias"),
             ]
         case "llama4":
             return [
                 _same("router.weight", "router.weight"),
-                _halves(gate_up, "experts.gate_up_proj").transposed(),
+                _same("experts.w_in", "experts.gate_up_proj").transposed(),
                 _same("experts.w_down", "experts.down_proj").transposed(),
                 *_shared("shared_expert"),
             ]

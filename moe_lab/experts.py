@@ -1,4 +1,4 @@
-"""The routed experts: their weights stacked into one tensor a matrix, multiplied group by group."""
+"""The routed experts: their weights stacked into one tensor, multiplied group by group."""
 
 from collections.abc import Callable
 
@@ -27,7 +27,11 @@ GATED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 class Experts(nn.Module):
-    """E small FFNs side by side. `w_gate` and `w_up` are (E, F, D), `w_down` is (E, D, F); ungated kinds have no gate.
+    """E small FFNs side by side.
+
+    The weights are `w_gate` and `w_up`, (E, F, D), and `w_down`, (E, D, F), the biases `b_gate`, `b_up` and `b_down`.
+    Gate and up are read by the same rows, so they are kept as one tensor, `w_in` (E, 2F, D), gates first: one product
+    in place of two. Ungated kinds have no gate, and `w_in` is `w_up`.
 
     Args:
         impl: how rows meet their expert's matrices: a key of `moe_lab.ops.GROUPED_MM`, or "auto".
@@ -37,16 +41,15 @@ class Experts(nn.Module):
         super().__init__()
         self.kind, self.impl = config.expert, impl
         n, width, d_model = config.n_experts, config.d_ff, config.d_model
-        gated, biased = config.expert in GATED, config.expert_bias
+        self.is_gated, biased = config.expert in GATED, config.expert_bias
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape))
 
-        self.w_gate = parameter(n, width, d_model) if gated else None
-        self.w_up = parameter(n, width, d_model)
+        n_in = 2 * width if self.is_gated else width
+        self.w_in = parameter(n, n_in, d_model)
         self.w_down = parameter(n, d_model, width)
-        self.b_gate = parameter(n, width) if gated and biased else None
-        self.b_up = parameter(n, width) if biased else None
+        self.b_in = parameter(n, n_in) if biased else None
         self.b_down = parameter(n, d_model) if biased else None
         self.reset_parameters()
 
@@ -61,7 +64,7 @@ class Experts(nn.Module):
 
     def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
         """Rows sorted by expert, (R, D) to (R, D); expert e has those from `offsets[e - 1]` to `offsets[e]`."""
-        if self.b_up is not None:
+        if self.b_in is not None:
             ids = torch.arange(len(rows), device=rows.device)
             owners = torch.searchsorted(offsets, ids, right=True)  # (R,) the expert of each row
 
@@ -80,9 +83,16 @@ class Experts(nn.Module):
         return self._ffn(x, product)
 
     def _ffn(self, x: Tensor, product: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> Tensor:
-        up = product(x, self.w_up, self.b_up)
-        if self.w_gate is None:
-            hidden = ACTIVATIONS[self.kind](up)
-        else:
-            hidden = GATED[self.kind](product(x, self.w_gate, self.b_gate), up)
+        inner = product(x, self.w_in, self.b_in)  # (..., 2F), or (..., F) without a gate
+        hidden = GATED[self.kind](*inner.chunk(2, -1)) if self.is_gated else ACTIVATIONS[self.kind](inner)
         return product(hidden, self.w_down, self.b_down)
+
+    @property
+    def w_gate(self) -> Tensor | None:
+        """(E, F, D), a view of the first half of `w_in`; None where there is no gate."""
+        return self.w_in.chunk(2, 1)[0] if self.is_gated else None
+
+    @property
+    def w_up(self) -> Tensor:
+        """(E, F, D), a view of the second half of `w_in`; without a gate, all of it."""
+        return self.w_in.chunk(2, 1)[1] if self.is_gated else self.w_in

@@ -76,7 +76,7 @@ class MoE(nn.Module):
         return y.view_as(x), routing
 
     def _require_input(self, x: Tensor) -> None:
-        weight = self.experts.w_up
+        weight = self.experts.w_down
         if x.ndim < 2 or x.shape[-1] != self.config.d_model:
             expected = f"(..., T, D) with D = d_model={self.config.d_model}"
             raise ValueError(f"x has shape {tuple(x.shape)}: expected {expected}.")

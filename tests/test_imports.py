@@ -15,7 +15,7 @@ ORDER = [
     *("paths", "config", "accounting", "presets", "records", "ops", "ffn", "routing", "dispatch", "experts", "moe"),
     *("attention", "data", "lm", "train", "checkpoints"),
 ]
-ON_TOP = ("viz", "course", "cli", "__main__")
+ON_TOP = ("viz", "bench", "course", "cli", "__main__")
 
 
 def imported_modules(path: Path) -> set[str]:
