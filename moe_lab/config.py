@@ -143,6 +143,9 @@ class MoEConfig(RouterConfig):
         agrees = (self.d_ff_shared > 0) == (self.n_shared_experts > 0)
         _require(agrees, "d_ff_shared", self.d_ff_shared, f"a width for n_shared_experts={self.n_shared_experts}")
         _require_one_of(self, "expert", EXPERT_KINDS)
+        has_kind = self.n_shared_experts == 0 or self.expert in FFN_KINDS
+        expected = f"0 for expert={self.expert!r}, a kind that no model shares"
+        _require(has_kind, "n_shared_experts", self.n_shared_experts, expected)
         _require_one_of(self, "weigh", WEIGHED)
         _require_one_of(self, "drop", DROP_RULES)
         for field in ("shared_gate", "expert_bias"):
@@ -154,6 +157,12 @@ class MoEConfig(RouterConfig):
         factor = self.capacity_factor
         is_factor = factor is None or (_is_number(factor) and factor > 0)
         _require(is_factor, "capacity_factor", factor, "a positive number, or None to drop nothing")
+
+    def but(self, **changes: object) -> Self:
+        """The same configuration with some fields changed, validated again; a width by default stays one."""
+        if self.d_ff_shared == self.n_shared_experts * self.d_ff:
+            changes = {"d_ff_shared": None} | changes
+        return super().but(**changes)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ each is the other: `permute` backward is a sum over a token's rows, `combine` ba
 
 import math
 from dataclasses import replace
+from fractions import Fraction
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,8 @@ def expert_capacity(n_tokens: int, top_k: int, n_experts: int, capacity_factor: 
 
     Source: Fedus et al. 2021 (Switch), equation 3, for k = 1; Lepikhin et al. 2020 (GShard) for k = 2.
     """
-    return math.ceil(n_tokens * top_k * capacity_factor / n_experts)
+    exact = Fraction(str(capacity_factor))  # in floats 100 · 1.1 / 10 is a little over 11, and rounds up to 12
+    return math.ceil(n_tokens * top_k * exact / n_experts)
 
 
 def expert_offsets(sorted_experts: Tensor, n_experts: int) -> Tensor:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from moe_lab.config import MoEConfig
 from moe_lab.ffn import ACTIVATIONS
@@ -24,6 +25,25 @@ GATED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "swiglu": lambda gate, up: F.silu(gate) * up,
     "clamped_swiglu": clamped_swiglu,
 }
+
+
+class _AddBias(torch.autograd.Function):
+    """Adds each expert's bias (E, O) to its rows (R, O); backward sums every expert's stretch in order."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, bias: Tensor, offsets: Tensor) -> Tensor:
+        ctx.save_for_backward(offsets)
+        ctx.dtype = bias.dtype
+        owners = torch.searchsorted(offsets, torch.arange(len(rows), device=rows.device), right=True)
+        return rows + bias.to(rows.dtype).index_select(0, owners)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor, None]:
+        (offsets,) = ctx.saved_tensors
+        ends = F.pad(offsets, (1, 0)).long()
+        sums = torch.segment_reduce(dy.float(), "sum", offsets=ends, axis=0, initial=0, unsafe=True)
+        return dy, sums.to(ctx.dtype), None
 
 
 class Experts(nn.Module):
@@ -64,13 +84,10 @@ class Experts(nn.Module):
 
     def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
         """Rows sorted by expert, (R, D) to (R, D); expert e has those from `offsets[e - 1]` to `offsets[e]`."""
-        if self.b_in is not None:
-            ids = torch.arange(len(rows), device=rows.device)
-            owners = torch.searchsorted(offsets, ids, right=True)  # (R,) the expert of each row
 
         def product(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
             y = grouped_mm(x, w, offsets, self.impl)
-            return y if b is None else y + b[owners]
+            return y if b is None else _AddBias.apply(y, b, offsets)
 
         return self._ffn(rows, product)
 

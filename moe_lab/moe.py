@@ -82,7 +82,8 @@ class MoE(nn.Module):
             raise ValueError(f"x has shape {tuple(x.shape)}: expected {expected}.")
         if x.device != weight.device:
             raise ValueError(f"x is on {x.device}, the layer on {weight.device}: move one of them with .to(...).")
-        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        has_autocast = torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
+        if x.dtype != weight.dtype and not has_autocast:
             raise ValueError(f"x is {x.dtype}, the layer {weight.dtype}: convert one of them with .to(...).")
 
 

@@ -3,11 +3,13 @@
 Score, select and weigh are three functions, because papers differ in each of them and agree on the order.
 """
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_lab.config import RouterConfig
+from moe_lab.config import GROUP_SCORES, RouterConfig
 from moe_lab.records import ExpertChoice, Routing
 
 
@@ -41,7 +43,7 @@ def best_k(scores: Tensor, k: int) -> Tensor:
         return best_k_reference(scores, k)
     values, ids = scores.topk(k, dim=-1)
     in_reach = (scores >= values[..., -1:]).sum(-1)
-    unclear = (in_reach != k) | (values[..., 1:] == values[..., :-1]).any(-1)
+    unclear = (in_reach != k) | (values[..., 1:] == values[..., :-1]).any(-1) | values[..., 0].isnan()
     if unclear.any():
         ids[unclear] = best_k_reference(scores[unclear], k)
     return ids
@@ -52,7 +54,12 @@ def limit_groups(scores: Tensor, n_groups: int, groups_kept: int, group_score: s
 
     Groups are equal and stand in order of the experts' ids. A group is worth its "max" (DeepSeek-V2, section 2.2.2) or
     its "top2_sum" (DeepSeek-V3, section 2.1.2, which limits a token to 4 nodes in this way).
+
+    Raises:
+        ValueError: another group score.
     """
+    if group_score not in GROUP_SCORES:
+        raise ValueError(f"group_score={group_score!r}: expected one of {', '.join(GROUP_SCORES)}.")
     grouped = scores.unflatten(-1, (n_groups, -1))  # (T, groups, E / groups)
     best = grouped.topk(1 if group_score == "max" else 2, dim=-1).values.sum(-1)  # (T, groups)
     kept = torch.zeros_like(best, dtype=torch.bool).scatter(-1, best_k(best, groups_kept), True)
@@ -75,10 +82,10 @@ def route(router_logits: Tensor, config: RouterConfig, selection_bias: Tensor | 
         selection_bias: (E,) added to the scores for choosing, never for weighing (DeepSeek-V3, equation 16).
     """
     scores = score(router_logits.float(), config.score)
-    choosing = scores.detach()
-    if selection_bias is not None:
-        choosing = choosing + selection_bias
-    if config.n_groups > 1:
+    if selection_bias is None and config.n_groups == 1:
+        choosing = router_logits.float().detach()  # logits rank as their scores do, and small ones do not round to 0
+    else:
+        choosing = scores.detach() if selection_bias is None else scores.detach() + selection_bias
         choosing = limit_groups(choosing, config.n_groups, config.groups_kept, config.group_score)
     experts = best_k(choosing, config.top_k)
     weights = weigh(scores, experts, config.normalise, config.scaling_factor)
@@ -142,7 +149,7 @@ class Router(nn.Module):
         """(T, D) to fp32 logits (T, E), with jitter and noise while training."""
         x = tokens.float()
         if self.training and self.config.input_jitter:
-            # Fedus et al. 2021, section 2.4
+            # Fedus et al. 2021, appendix C
             x = x * torch.empty_like(x).uniform_(1 - self.config.input_jitter, 1 + self.config.input_jitter)
         bias = self.bias.float() if self.bias is not None else None
         logits = F.linear(x, self.weight.float(), bias)
@@ -157,9 +164,11 @@ class Router(nn.Module):
         Raises:
             ValueError: NaN or infinite logits (on a CPU, or with `check_finite`).
         """
-        with torch.autocast(tokens.device.type, enabled=False):
+        device = tokens.device.type
+        has_autocast = torch.amp.is_autocast_available(device)  # the meta device has none
+        with torch.autocast(device, enabled=False) if has_autocast else nullcontext():
             logits = self.logits(tokens)
-            if self.check_finite or logits.device.type == "cpu":
+            if self.check_finite or device == "cpu":
                 require_finite(logits)
             return route(logits, self.config, self.selection_bias)
 

@@ -2,10 +2,20 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from moe_lab.accounting import count_flops, count_parameters, ffn_parameters, ffn_width
-from moe_lab.config import LMConfig
+from moe_lab.accounting import (
+    count_flops,
+    count_parameters,
+    expert_parameters,
+    ffn_parameters,
+    ffn_width,
+    moe_parameters,
+    router_parameters,
+    shared_expert_parameters,
+)
+from moe_lab.config import LMConfig, MoEConfig
 from moe_lab.lm import LM
-from moe_lab.presets import DENSE_BASELINE, LLAMA_3_70B, LLAMA_7B
+from moe_lab.moe import MoE
+from moe_lab.presets import DENSE_BASELINE, LLAMA_3_70B, LLAMA_7B, MOE_BASELINE, REAL_MOE_MODELS
 
 UGLY = LMConfig(d_model=12, n_layers=3, n_heads=4, n_kv_heads=2, d_head=6, d_ff=7, vocab_size=11)
 CONFIGS = {
@@ -15,6 +25,28 @@ CONFIGS = {
     "ugly": UGLY,
     "tied": UGLY.but(tied_embeddings=True),
     "relu": UGLY.but(ffn="relu", conv_width=3),
+    "norm on heads": UGLY.but(qk_norm="head"),
+    "norm on all": UGLY.but(qk_norm="all"),
+}
+EXPERTS = MoEConfig(d_model=12, d_ff=5, n_experts=6, top_k=2)
+SHARED = {"n_shared_experts": 2, "d_ff_shared": 10}
+MOE_CONFIGS = {
+    "experts": UGLY.but(moe=EXPERTS),
+    "a dense layer first": UGLY.but(moe=EXPERTS, n_dense_layers=1),
+    "dense layers only": UGLY.but(moe=EXPERTS, n_dense_layers=3),
+    "shared": UGLY.but(moe=EXPERTS.but(**SHARED)),
+    "shared, gated": UGLY.but(moe=EXPERTS.but(**SHARED, shared_gate=True), n_dense_layers=2),
+    "own shared width": UGLY.but(moe=EXPERTS.but(n_shared_experts=1, d_ff_shared=13)),
+    "relu, shared": UGLY.but(moe=EXPERTS.but(expert="relu", **SHARED)),
+    "biases": UGLY.but(moe=EXPERTS.but(expert_bias=True, logit_bias=True)),
+    "gelu, biases": UGLY.but(moe=EXPERTS.but(expert="gelu", expert_bias=True)),
+    "gpt-oss": UGLY.but(moe=EXPERTS.but(expert="clamped_swiglu", expert_bias=True, logit_bias=True)),
+    "deepseek-v3": UGLY.but(moe=EXPERTS.but(score="sigmoid", selection_bias=True, n_groups=3, groups_kept=2)),
+    "noise": UGLY.but(moe=EXPERTS.but(noisy_top_k=True)),
+    "capacity": UGLY.but(moe=EXPERTS.but(capacity_factor=1.0)),
+    "top-1": UGLY.but(moe=EXPERTS.but(top_k=1)),
+    "tied, all experts": UGLY.but(moe=EXPERTS.but(top_k=6), tied_embeddings=True, conv_width=3),
+    "baseline": MOE_BASELINE,
 }
 
 
@@ -25,7 +57,50 @@ def test_parameters_are_those_of_the_model(config):
     counted = count_parameters(config)
     assert counted.total == sum(weight.numel() for weight in model.parameters())
     assert counted.ffn == sum(w.numel() for block in model.blocks for w in block.ffn.parameters())
-    assert counted.attention == sum(w.numel() for block in model.blocks for w in block.attention.parameters())
+    in_attention = [module for block in model.blocks for module in block.attention.modules()]
+    assert counted.attention == sum(m.weight.numel() for m in in_attention if isinstance(m, torch.nn.Linear))
+
+
+@pytest.mark.parametrize(
+    "config", [*MOE_CONFIGS.values(), *REAL_MOE_MODELS.values()], ids=[*MOE_CONFIGS, *REAL_MOE_MODELS]
+)
+def test_parameters_of_experts_are_those_of_the_model(config):
+    with torch.device("meta"):
+        model = LM(config)
+    counted, active = count_parameters(config), count_parameters(config, active=True)
+    layers = [block.ffn for block in model.blocks if isinstance(block.ffn, MoE)]
+
+    def size(*modules: torch.nn.Module | None) -> int:
+        return sum(w.numel() for module in modules if module is not None for w in module.parameters())
+
+    assert counted.total == size(model)
+    assert counted.router == size(*(layer.router for layer in layers))
+    assert counted.experts == size(*(layer.experts for layer in layers))
+    assert counted.shared_experts == size(*(layer.shared for layer in layers))
+    assert counted.ffn == size(*(block.ffn for block in model.blocks if not isinstance(block.ffn, MoE)))
+    assert counted.norms == size(*(m for m in model.modules() if isinstance(m, torch.nn.RMSNorm)))
+    assert counted.attention + counted.norms + counted.embedding + counted.head + counted.conv == counted.total - (
+        counted.router + counted.experts + counted.shared_experts + counted.ffn
+    )
+    # active: top_k of the routed experts, everything else as it is
+    moe = config.moe
+    assert active.experts * moe.n_experts == counted.experts * moe.top_k
+    differing = {part for part, number in counted.by_part().items() if number != active.by_part()[part]}
+    assert differing <= {"experts"}
+
+
+@pytest.mark.parametrize("config", MOE_CONFIGS.values(), ids=MOE_CONFIGS)
+def test_one_layer_is_the_sum_of_its_parts(config):
+    moe = config.moe
+    layer = MoE(moe)
+    assert moe_parameters(moe) == sum(w.numel() for w in layer.parameters())
+    assert expert_parameters(moe) == sum(w[0].numel() for w in layer.experts.parameters())
+    assert router_parameters(moe) == sum(w.numel() for w in layer.router.parameters())
+    assert moe_parameters(moe) - moe_parameters(moe, active=True) == (moe.n_experts - moe.top_k) * expert_parameters(
+        moe
+    )
+    shared = 0 if layer.shared is None else sum(w.numel() for w in layer.shared.parameters())
+    assert shared_expert_parameters(moe) == shared
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
@@ -36,6 +111,54 @@ def test_flops_are_those_that_torch_counts(config, tokens):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(ids)
     assert counter.get_total_flops() == count_flops(config, tokens, causal=False).total
+
+
+# On a CPU torch counts no attention, and of the grouped products it counts "reference", one product after the other.
+# The noise of a noisy top-k is for training; the count is one of inference.
+@pytest.mark.parametrize("config", MOE_CONFIGS.values(), ids=MOE_CONFIGS)
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_flops_of_experts_are_those_that_torch_counts(config, tokens):
+    if config.moe.capacity_factor:  # a token pays for its places, taken or not; the count assumes no capacity
+        config = config.but(moe=config.moe.but(capacity_factor=None))
+    model = LM(config).eval()
+    for block in model.blocks:
+        if isinstance(block.ffn, MoE):
+            block.ffn.experts.impl = "reference"
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(1, tokens, dtype=torch.long))
+    seen = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
+    counted = count_flops(config, tokens, causal=False)
+    for part, module in (("router", "router"), ("experts", "experts"), ("shared_experts", "shared")):
+        assert getattr(counted, part) == sum(n for name, n in seen.items() if name.endswith(f"ffn.{module}")), part
+    assert counted.total - counted.attention_scores == seen["Global"] == counter.get_total_flops()
+
+
+def test_flops_of_experts_by_hand():
+    config = UGLY.but(moe=EXPERTS.but(**SHARED, shared_gate=True), n_dense_layers=1)
+    counted = count_flops(config, 4)
+    per_token = {"router": 6 * 12, "experts": 2 * 3 * 12 * 5, "shared_experts": 3 * 12 * 10 + 12}
+    assert {part: getattr(counted, part) for part in per_token} == {
+        part: 4 * 2 * 2 * n for part, n in per_token.items()
+    }
+    assert counted.ffn == 4 * 2 * 3 * 12 * 7
+
+
+def test_experts_cost_by_top_k_and_weigh_by_how_many_they_are():
+    few, many = MOE_CONFIGS["experts"], UGLY.but(moe=EXPERTS.but(n_experts=60))
+    assert count_flops(few, 9).experts == count_flops(many, 9).experts
+    assert 10 * count_parameters(few).experts == count_parameters(many).experts
+    assert count_parameters(few, active=True).experts == count_parameters(many, active=True).experts
+
+
+def test_the_two_baselines_cost_the_same_in_their_ffn():
+    dense, experts = count_flops(DENSE_BASELINE, 64), count_flops(MOE_BASELINE, 64)
+    assert dense.ffn == experts.experts
+    assert experts.ffn == 0
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_all_of_a_dense_model_is_active(config):
+    assert count_parameters(config, active=True) == count_parameters(config)
 
 
 def test_causal_attention_pays_for_the_pairs_it_sees():
@@ -56,6 +179,42 @@ def test_published_counts(config, total, ffn, attention):
     counted = count_parameters(config)
     assert (counted.total, counted.ffn, counted.attention) == (total, ffn, attention)
     assert ffn_parameters(config) * config.n_layers == ffn
+
+
+# Totals: the tensors of the released checkpoints, summed; the same from transformers' classes on meta. Active:
+# the total without the experts that a token does not visit; embedding and head are in it. Both round to what is stated:
+# - Mixtral 8x7B: 47B in all, 13B active: Jiang et al. 2024 (arXiv 2401.04088), abstract.
+# - Mixtral 8x22B: 141B in all, 39B active: Mistral AI, "Cheaper, Better, Faster, Stronger", 17 April 2024.
+# - OLMoE-1B-7B: 6.9B in all, 1.3B active: Muennighoff et al. 2024 (arXiv 2409.02060).
+# - Qwen3-30B-A3B: 30.5B in all, 3.3B active: the model card of Qwen/Qwen3-30B-A3B, where 3.35B was cut, not rounded.
+@pytest.mark.parametrize(
+    ("model", "total", "active", "experts", "one_expert"),
+    [
+        ("Mixtral 8x7B", 46_702_792_704, 12_879_925_248, 45_097_156_608, 176_160_768),
+        ("Mixtral 8x22B", 140_620_634_112, 39_152_031_744, 135_291_469_824, 301_989_888),
+        ("OLMoE-1B-7B", 6_919_161_856, 1_282_017_280, 6_442_450_944, 6_291_456),
+        ("Qwen3-30B-A3B", 30_532_122_624, 3_353_032_704, 28_991_029_248, 4_718_592),
+    ],
+)
+def test_published_counts_of_models_with_experts(model, total, active, experts, one_expert):
+    config = REAL_MOE_MODELS[model]
+    counted = count_parameters(config)
+    assert counted.total == total
+    assert count_parameters(config, active=True).total == active
+    assert counted.experts == experts
+    assert expert_parameters(config.moe) == one_expert
+
+
+def test_every_real_model_with_experts_is_held_to_its_published_counts():
+    assert set(REAL_MOE_MODELS) == {"Mixtral 8x7B", "Mixtral 8x22B", "OLMoE-1B-7B", "Qwen3-30B-A3B"}
+
+
+# 3.5050 TFLOP for 4096 tokens with full attention: torch's counter over transformers' class on the meta device.
+def test_a_layer_of_mixtral_costs_what_torch_counts():
+    config = REAL_MOE_MODELS["Mixtral 8x7B"]
+    counted = count_flops(config, 4096, causal=False)
+    per_layer = (counted.total - counted.head) / config.n_layers
+    assert per_layer == pytest.approx(3.5050e12, rel=2e-5)
 
 
 # multiple_of and ffn_dim_multiplier: params.json of the released models.

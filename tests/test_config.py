@@ -1,8 +1,65 @@
 import pytest
 
-from moe_lab.config import LMConfig, TrainConfig
+from moe_lab.config import LMConfig, MoEConfig, RouterConfig, TrainConfig
 
 SMALL = {"d_model": 8, "n_layers": 1, "n_heads": 2, "d_ff": 16}
+ROUTER = {"d_model": 8, "n_experts": 6, "top_k": 2}
+EXPERTS = MoEConfig(**ROUTER, d_ff=12)
+INF, NAN = float("inf"), float("nan")
+
+ROUTER_RULES = [
+    ({"d_model": 0}, r"d_model=0: expected a positive integer"),
+    ({"n_experts": -4}, r"n_experts=-4: expected a positive integer"),
+    ({"n_experts": 6.0}, r"n_experts=6\.0: expected a positive integer"),
+    ({"top_k": 0}, r"top_k=0: expected a positive integer"),
+    ({"top_k": True}, r"top_k=True: expected a positive integer"),
+    ({"top_k": 7}, r"top_k=7: expected at most n_experts=6"),
+    ({"score": "tanh"}, r"score='tanh': expected one of softmax, sigmoid"),
+    ({"score": None}, r"score=None: expected one of softmax, sigmoid"),
+    ({"normalise": 1}, r"normalise=1: expected True or False"),
+    ({"selection_bias": "yes"}, r"selection_bias='yes': expected True or False"),
+    ({"logit_bias": None}, r"logit_bias=None: expected True or False"),
+    ({"noisy_top_k": 0.1}, r"noisy_top_k=0\.1: expected True or False"),
+    ({"scaling_factor": 0}, r"scaling_factor=0: expected a positive number"),
+    ({"scaling_factor": -2.5}, r"scaling_factor=-2\.5: expected a positive number"),
+    ({"scaling_factor": NAN}, r"scaling_factor=nan: expected a positive number"),
+    ({"scaling_factor": INF}, r"scaling_factor=inf: expected a positive number"),
+    ({"scaling_factor": "2"}, r"scaling_factor='2': expected a positive number"),
+    ({"input_jitter": -0.1}, r"input_jitter=-0\.1: expected a number in \[0, 1\)"),
+    ({"input_jitter": 1.0}, r"input_jitter=1\.0: expected a number in \[0, 1\)"),
+    ({"input_jitter": NAN}, r"input_jitter=nan: expected a number in \[0, 1\)"),
+    ({"n_groups": 0}, r"n_groups=0: expected a positive integer"),
+    ({"n_groups": 4}, r"n_groups=4: expected a divisor of n_experts=6"),
+    ({"n_groups": 12}, r"n_groups=12: expected a divisor of n_experts=6"),
+    ({"groups_kept": 0}, r"groups_kept=0: expected a positive integer"),
+    ({"groups_kept": 2}, r"groups_kept=2: expected at most n_groups=1"),
+    ({"n_groups": 3, "groups_kept": 4}, r"groups_kept=4: expected at most n_groups=3"),
+    ({"n_groups": 3, "top_k": 3}, r"top_k=3: expected at most the 2 experts of the kept groups"),
+    ({"group_score": "sum"}, r"group_score='sum': expected one of max, top2_sum"),
+    (
+        {"n_groups": 6, "groups_kept": 2, "group_score": "top2_sum"},
+        r"group_score='top2_sum': expected 'max', for groups of 1 have no two best",
+    ),
+]
+MOE_RULES = [
+    ({"d_ff": 0}, r"d_ff=0: expected a positive integer"),
+    ({"n_shared_experts": -1}, r"n_shared_experts=-1: expected an integer of 0 or more"),
+    ({"n_shared_experts": 1.0}, r"n_shared_experts=1\.0: expected an integer of 0 or more"),
+    ({"n_shared_experts": 1, "d_ff_shared": 0}, r"d_ff_shared=0: expected a width for n_shared_experts=1"),
+    ({"n_shared_experts": 1, "d_ff_shared": -8}, r"d_ff_shared=-8: expected an integer of 0 or more"),
+    ({"d_ff_shared": 8}, r"d_ff_shared=8: expected .* n_shared_experts=0"),
+    ({"shared_gate": True}, r"shared_gate=True: expected shared experts to gate, so n_shared_experts of 1 or more"),
+    ({"n_shared_experts": 1, "shared_gate": 1}, r"shared_gate=1: expected True or False"),
+    ({"expert": "swish"}, r"expert='swish': expected one of swiglu, relu, gelu, clamped_swiglu"),
+    ({"expert_bias": 0}, r"expert_bias=0: expected True or False"),
+    ({"weigh": "both"}, r"weigh='both': expected one of output, input"),
+    ({"drop": "age"}, r"drop='age': expected one of position, score"),
+    ({"capacity_factor": 0}, r"capacity_factor=0: expected a positive number, or None to drop nothing"),
+    ({"capacity_factor": -1.25}, r"capacity_factor=-1\.25: expected a positive number"),
+    ({"capacity_factor": INF}, r"capacity_factor=inf: expected a positive number"),
+    ({"capacity_factor": NAN}, r"capacity_factor=nan: expected a positive number"),
+    ({"capacity_factor": True}, r"capacity_factor=True: expected a positive number"),
+]
 
 
 @pytest.mark.parametrize(
@@ -19,6 +76,13 @@ SMALL = {"d_model": 8, "n_layers": 1, "n_heads": 2, "d_ff": 16}
         ({"rope_theta": 0}, r"rope_theta=0: expected a positive number"),
         ({"norm_eps": -1e-5}, r"norm_eps=-1e-05: expected a positive number"),
         ({"vocab_size": -256}, r"vocab_size=-256: expected a positive integer"),
+        ({"qk_norm": "heads"}, r"qk_norm='heads': expected one of none, head, all"),
+        ({"moe": {"top_k": 2}}, r"moe=\{'top_k': 2\}: expected a MoEConfig, or None for a dense model"),
+        ({"moe": RouterConfig(**ROUTER)}, r"moe=RouterConfig\(.*: expected a MoEConfig, or None for a dense model"),
+        ({"moe": EXPERTS.but(d_model=4)}, r"moe\.d_model=4: expected the model's d_model=8"),
+        ({"n_dense_layers": 1}, r"n_dense_layers=1: expected 0 where there is no moe"),
+        ({"moe": EXPERTS, "n_dense_layers": 2}, r"n_dense_layers=2: expected at most n_layers=1"),
+        ({"moe": EXPERTS, "n_dense_layers": -1}, r"n_dense_layers=-1: expected an integer of 0 or more"),
     ],
 )
 def test_a_model_that_cannot_be_is_refused_where_it_is_made(changes, message):
@@ -59,3 +123,57 @@ def test_fields_are_keyword_only_and_frozen():
         LMConfig(8, 1, 2, 16)
     with pytest.raises(AttributeError):
         LMConfig(**SMALL).d_ff = 1
+
+
+@pytest.mark.parametrize(("changes", "message"), ROUTER_RULES)
+@pytest.mark.parametrize(("config", "sizes"), [(RouterConfig, ROUTER), (MoEConfig, ROUTER | {"d_ff": 12})])
+def test_a_router_that_cannot_be_is_refused(config, sizes, changes, message):
+    with pytest.raises(ValueError, match=message):
+        config(**sizes | changes)
+
+
+@pytest.mark.parametrize(("changes", "message"), MOE_RULES)
+def test_a_layer_of_experts_that_cannot_be_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        MoEConfig(**ROUTER | {"d_ff": 12} | changes)
+
+
+def test_the_edges_of_what_can_be():
+    MoEConfig(d_model=1, n_experts=1, top_k=1, d_ff=1)
+    MoEConfig(**ROUTER | {"top_k": 6, "d_ff": 1, "input_jitter": 0.999, "capacity_factor": 1e-9})
+    MoEConfig(**ROUTER, d_ff=1, n_groups=6, groups_kept=2)
+    MoEConfig(**ROUTER, d_ff=1, n_groups=3, groups_kept=1, group_score="top2_sum")
+    MoEConfig(**ROUTER, d_ff=1, group_score="top2_sum")  # without groups it says nothing
+    assert LMConfig(**SMALL, moe=EXPERTS).n_moe_layers == 1
+    assert LMConfig(**SMALL, moe=EXPERTS, n_dense_layers=1).n_moe_layers == 0
+    assert LMConfig(**SMALL).n_moe_layers == 0
+
+
+def test_shared_experts_are_as_wide_as_routed_ones_unless_told():
+    assert EXPERTS.d_ff_shared == 0
+    assert MoEConfig(**ROUTER, d_ff=12, n_shared_experts=3).d_ff_shared == 36
+    assert MoEConfig(**ROUTER, d_ff=12, n_shared_experts=3, d_ff_shared=20).d_ff_shared == 20
+
+
+def test_but_works_out_anew_what_was_not_told():
+    assert EXPERTS.but(n_shared_experts=2).d_ff_shared == 24
+    two = MoEConfig(**ROUTER, d_ff=12, n_shared_experts=2)
+    assert two.but(n_shared_experts=3).d_ff_shared == 36
+    assert two.but(d_ff=10).d_ff_shared == 20
+    assert two.but(n_shared_experts=0).d_ff_shared == 0
+    assert two.but(top_k=1) == MoEConfig(**ROUTER | {"top_k": 1}, d_ff=12, n_shared_experts=2)
+    told = MoEConfig(**ROUTER, d_ff=12, n_shared_experts=2, d_ff_shared=20)
+    assert told.but(d_ff=10, n_shared_experts=1).d_ff_shared == 20
+
+
+def test_a_layer_of_experts_changes_is_compared_and_is_frozen():
+    assert EXPERTS.but(top_k=3) == MoEConfig(**ROUTER | {"top_k": 3}, d_ff=12)
+    assert EXPERTS.but() == EXPERTS
+    assert len({EXPERTS, EXPERTS.but(), EXPERTS.but(top_k=3)}) == 2
+    assert type(RouterConfig(**ROUTER).but(top_k=1)) is RouterConfig
+    with pytest.raises(ValueError, match="top_k=7: expected at most n_experts=6"):
+        EXPERTS.but(top_k=7)
+    with pytest.raises(AttributeError):
+        EXPERTS.top_k = 3
+    with pytest.raises(TypeError):
+        MoEConfig(8, 6, 2, 12)

@@ -2,23 +2,40 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 from torch.testing import assert_close
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
-from moe_lab.config import LMConfig
+from moe_lab.config import LMConfig, MoEConfig
 from moe_lab.lm import LM, generate, watch_hidden
+from moe_lab.moe import MoE
+from moe_lab.presets import MOE_BASELINE, MOE_FAMILIES
 
 CONFIG = LMConfig(d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=24, vocab_size=50)
+EXPERTS = MoEConfig(d_model=16, d_ff=12, n_experts=5, top_k=2)
+WITH_EXPERTS = CONFIG.but(moe=EXPERTS)
 
 
-def as_llama(model: LM) -> LlamaForCausalLM:
-    """Hugging Face's Llama with the same weights."""
+def as_hugging_face(model: LM, config_class: type, model_class: type, **more: object) -> PreTrainedModel:
+    """Hugging Face's model with the same sizes and weights."""
     config = model.config
-    llama = LlamaForCausalLM(
-        LlamaConfig(
+    theirs = model_class(
+        config_class(
             vocab_size=config.vocab_size,
             hidden_size=config.d_model,
-            intermediate_size=config.d_ff,
+            **{"intermediate_size": config.d_ff} | more,
             num_hidden_layers=config.n_layers,
             num_attention_heads=config.n_heads,
             num_key_value_heads=config.n_kv_heads,
@@ -26,19 +43,28 @@ def as_llama(model: LM) -> LlamaForCausalLM:
             rms_norm_eps=config.norm_eps,
             rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
             tie_word_embeddings=config.tied_embeddings,
+            pad_token_id=None,
         )
     )
+    theirs.load_state_dict(named_as_theirs(model.state_dict()))
+    return theirs
+
+
+def named_as_theirs(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     renamed = {}
-    for name, weight in model.state_dict().items():
-        for ours, theirs in {
+    for name, weight in tensors.items():
+        for ours, other in {
             "embedding.": "model.embed_tokens.",
             "blocks.": "model.layers.",
             "attention_norm.": "input_layernorm.",
             "ffn_norm.": "post_attention_layernorm.",
-            "attention.w_": "self_attn.w_",
-            "ffn.w_": "mlp.w_",
+            "attention.": "self_attn.",
+            "ffn.router.": "mlp.gate.",
+            "ffn.experts.w_in": "mlp.experts.gate_up_proj",
+            "ffn.experts.w_down": "mlp.experts.down_proj",
+            "ffn.": "mlp.",
         }.items():
-            name = name.replace(ours, theirs)
+            name = name.replace(ours, other)
         for letter in "qkvo":
             name = name.replace(f"w_{letter}.", f"{letter}_proj.")
         for part in ("gate", "up", "down"):
@@ -46,8 +72,25 @@ def as_llama(model: LM) -> LlamaForCausalLM:
         renamed[
             "lm_head.weight" if name == "head.weight" else "model.norm.weight" if name == "norm.weight" else name
         ] = weight
-    llama.load_state_dict(renamed)
-    return llama
+    return renamed
+
+
+def assert_same_model(ours: LM, theirs: PreTrainedModel) -> None:
+    """Logits and the gradient of every weight."""
+    tokens = torch.randint(ours.config.vocab_size, (2, 9))
+    logits, routings = ours(tokens)
+    expected = theirs(tokens).logits
+    assert len(routings) == ours.config.n_moe_layers
+    assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+    logits.square().mean().backward()
+    expected.square().mean().backward()
+    gradients = named_as_theirs({name: weight.grad for name, weight in ours.named_parameters()})
+    parameters = dict(theirs.named_parameters())
+    assert gradients.keys() == parameters.keys()
+    for name, gradient in gradients.items():
+        assert_close(
+            gradient, parameters[name].grad, rtol=1e-3, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 @pytest.mark.parametrize(
@@ -64,34 +107,77 @@ def as_llama(model: LM) -> LlamaForCausalLM:
 def test_it_is_llama_forward_and_gradients(config):
     torch.manual_seed(0)
     ours = LM(config)
-    theirs = as_llama(ours)
-    tokens = torch.randint(config.vocab_size, (2, 9))
-    logits, routings = ours(tokens)
-    expected = theirs(tokens).logits
-    assert routings == ()
-    assert_close(logits, expected, rtol=1e-4, atol=1e-5)
-    logits.square().mean().backward()
-    expected.square().mean().backward()
-    for name, ours_grad, theirs_grad in [
-        ("query", ours.blocks[0].attention.w_q.weight.grad, theirs.model.layers[0].self_attn.q_proj.weight.grad),
-        ("key", ours.blocks[1].attention.w_k.weight.grad, theirs.model.layers[1].self_attn.k_proj.weight.grad),
-        ("gate", ours.blocks[0].ffn.w_gate.weight.grad, theirs.model.layers[0].mlp.gate_proj.weight.grad),
-        ("embedding", ours.embedding.weight.grad, theirs.model.embed_tokens.weight.grad),
-        ("norm", ours.norm.weight.grad, theirs.model.norm.weight.grad),
-    ]:
-        assert_close(ours_grad, theirs_grad, rtol=1e-3, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+    assert_same_model(ours, as_hugging_face(ours, LlamaConfig, LlamaForCausalLM))
 
 
-@pytest.mark.parametrize("conv_width", [0, 1, 3])
-def test_no_position_sees_the_future(conv_width):
+def with_norms_that_do_something(config: LMConfig) -> LM:
+    model = LM(config)
+    for name, weight in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.normal_(weight, 1.0, 0.3)
+    return model
+
+
+@pytest.mark.parametrize("changes", [{}, {"n_kv_heads": 4}, {"d_head": 6}], ids=["gqa", "mha", "own head size"])
+def test_with_a_norm_on_each_head_it_is_qwen3(changes):
     torch.manual_seed(0)
-    model = LM(CONFIG.but(conv_width=conv_width))
+    ours = with_norms_that_do_something(CONFIG.but(qk_norm="head", norm_eps=1e-6, **changes))
+    assert_same_model(ours, as_hugging_face(ours, Qwen3Config, Qwen3ForCausalLM))
+
+
+# The dense first layer and the rest of experts in one model; the layers of experts by themselves, for all families, are
+# in test_hugging_face.py.
+def test_with_experts_it_is_qwen3_moe():
+    torch.manual_seed(0)
+    ours = with_norms_that_do_something(WITH_EXPERTS.but(qk_norm="head", n_dense_layers=1))
+    sizes = {"moe_intermediate_size": 12, "num_experts": 5, "num_experts_per_tok": 2, "norm_topk_prob": True}
+    theirs = as_hugging_face(ours, Qwen3MoeConfig, Qwen3MoeForCausalLM, mlp_only_layers=[0], **sizes)
+    assert_same_model(ours, theirs)
+
+
+@pytest.mark.parametrize("n_kv_heads", [4, 2])
+def test_with_experts_and_a_norm_on_all_heads_it_is_olmoe(n_kv_heads):
+    torch.manual_seed(0)
+    experts = EXPERTS.but(**MOE_FAMILIES["olmoe"])
+    ours = with_norms_that_do_something(CONFIG.but(n_kv_heads=n_kv_heads, qk_norm="all", moe=experts))
+    sizes = {"intermediate_size": 12, "num_experts": 5, "num_experts_per_tok": 2, "norm_topk_prob": False}
+    assert_same_model(ours, as_hugging_face(ours, OlmoeConfig, OlmoeForCausalLM, **sizes))
+
+
+def test_with_experts_it_is_mixtral():
+    torch.manual_seed(0)
+    ours = LM(WITH_EXPERTS)
+    sizes = {"intermediate_size": 12, "num_local_experts": 5, "num_experts_per_tok": 2}
+    assert_same_model(ours, as_hugging_face(ours, MixtralConfig, MixtralForCausalLM, **sizes))
+
+
+@pytest.mark.parametrize("moe", [None, EXPERTS], ids=["dense", "experts"])
+@pytest.mark.parametrize("conv_width", [0, 1, 3])
+def test_no_position_sees_the_future(conv_width, moe):
+    torch.manual_seed(0)
+    model = LM(CONFIG.but(conv_width=conv_width, moe=moe))
     tokens = torch.randint(50, (1, 12))
     changed = tokens.clone()
     changed[0, 7] = (changed[0, 7] + 1) % 50
     before, after = model(tokens)[0], model(changed)[0]
-    assert torch.equal(before[0, :7], after[0, :7])
+    if moe is None:
+        assert torch.equal(before[0, :7], after[0, :7])
+    else:  # groups of another size may differ in their last bits
+        assert_close(before[0, :7], after[0, :7], rtol=1e-5, atol=1e-6)
     assert not torch.allclose(before[0, 7:], after[0, 7:])
+
+
+def test_with_a_capacity_it_can():
+    torch.manual_seed(0)
+    model = LM(CONFIG.but(n_layers=1, moe=EXPERTS.but(n_experts=2, capacity_factor=0.75)))
+    tokens = torch.randint(50, (1, 24))
+    before, leaked = model(tokens)[0], 0
+    for byte in range(50):
+        changed = tokens.clone()
+        changed[0, -1] = byte
+        leaked += not torch.allclose(model(changed)[0][0, :-1], before[0, :-1], atol=1e-4)
+    # the last token's first choice goes before an earlier token's second, and takes its place
+    assert leaked
 
 
 def test_one_token_works():
@@ -152,3 +238,81 @@ def test_watch_hidden_puts_back_what_it_is_given_and_ends():
         assert not torch.allclose(model(tokens)[0], plain)
         raise RuntimeError("stop")
     assert torch.equal(model(tokens)[0], plain)
+
+
+def test_routings_are_those_of_the_layers_with_experts():
+    torch.manual_seed(0)
+    for n_dense in (0, 1, 2, 3):
+        model = LM(WITH_EXPERTS.but(n_layers=3, n_dense_layers=n_dense))
+        assert [isinstance(block.ffn, MoE) for block in model.blocks] == [False] * n_dense + [True] * (3 - n_dense)
+        logits, routings = model(torch.randint(50, (2, 5)))
+        assert logits.shape == (2, 5, 50)
+        assert [routing.topk_experts.shape for routing in routings] == [(10, 2)] * (3 - n_dense)
+        assert [routing.tokens_per_expert.sum().item() for routing in routings] == [20] * (3 - n_dense)
+
+
+def test_the_routing_of_a_layer_is_that_of_its_router():
+    torch.manual_seed(0)
+    model, tokens, seen = LM(WITH_EXPERTS), torch.randint(50, (2, 5)), []
+    for block in model.blocks:
+        block.ffn.register_forward_pre_hook(lambda module, inputs: seen.append((module, inputs[0])))
+    routings = model(tokens)[1]
+    for (layer, x), routing in zip(seen, routings, strict=True):
+        assert torch.equal(layer.router(x.flatten(0, 1)).topk_experts, routing.topk_experts)
+
+
+def test_watch_hidden_passes_over_experts_and_keeps_the_layers_number():
+    torch.manual_seed(0)
+    model, tokens, seen = LM(WITH_EXPERTS.but(n_dense_layers=1)), torch.randint(50, (2, 5)), []
+    with watch_hidden(model, lambda layer, hidden: seen.append((layer, hidden.shape))):
+        model(tokens)
+    assert seen == [(0, (2, 5, 24))]
+
+
+def test_every_weight_gets_a_gradient_those_of_unchosen_experts_too():
+    torch.manual_seed(0)
+    model = LM(CONFIG.but(moe=EXPERTS.but(n_experts=40, n_shared_experts=1, d_ff_shared=8, shared_gate=True)))
+    logits, routings = model(torch.randint(50, (1, 3)))
+    logits.square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    for block, routing in zip(model.blocks, routings, strict=True):
+        idle = routing.tokens_per_expert == 0
+        assert idle.sum() >= 34
+        assert not block.ffn.experts.w_down.grad[idle].any()
+        assert block.ffn.experts.w_down.grad[~idle].any()
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0), (1, 1)])
+def test_empty_batches_and_single_tokens_go_through_experts(shape):
+    logits, routings = LM(WITH_EXPERTS)(torch.zeros(shape, dtype=torch.long))
+    assert logits.shape == (*shape, 50)
+    assert [len(routing.topk_experts) for routing in routings] == [shape[0] * shape[1]] * 2
+
+
+def test_a_model_of_experts_also_starts_by_knowing_nothing_and_generates():
+    torch.manual_seed(0)
+    model = LM(MOE_BASELINE)
+    tokens = torch.randint(256, (8, 33))
+    loss = torch.nn.functional.cross_entropy(model(tokens[:, :-1])[0].flatten(0, 1), tokens[:, 1:].flatten())
+    assert loss.item() == pytest.approx(math.log(256), abs=0.05)
+    assert generate(model, tokens[0], 5, context=8).shape == (38,)
+
+
+def test_a_model_of_experts_learns_in_bf16_too():
+    torch.manual_seed(0)
+    model = LM(MOE_BASELINE).bfloat16()
+    logits, routings = model(torch.randint(256, (2, 9)))
+    logits.float().square().mean().backward()
+    assert logits.dtype == torch.bfloat16
+    assert {routing.topk_weights.dtype for routing in routings} == {torch.float32}
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_reset_draws_every_weight_anew():
+    torch.manual_seed(0)
+    shared = {"n_shared_experts": 1, "d_ff_shared": 8, "shared_gate": True}
+    model = LM(CONFIG.but(conv_width=3, moe=EXPERTS.but(**shared), n_dense_layers=1))
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    model.reset_parameters()
+    kept = [name for name, weight in model.named_parameters() if torch.equal(weight, before[name])]
+    assert all("norm" in name for name in kept), "norms start at one; all others are drawn"

@@ -163,7 +163,9 @@ def _nested(parts: Any, digits: int) -> str:
 def show_pair(expected: Any, got: Any) -> tuple[str, str]:
     """Both values as text, with enough digits to see the difference; of large tensors the worst element."""
     if _both_tensors(expected, got) and expected.shape == got.shape and expected.numel() > 24:
-        gap = (_plain(expected) - _plain(got)).abs().nan_to_num(math.inf)
+        one, other = _plain(expected), _plain(got)
+        gap = (one - other).abs().nan_to_num(math.inf)
+        gap = gap.masked_fill((one == other) | (one.isnan() & other.isnan()), 0)  # also of equal infinities
         worst = [int(i) for i in np.unravel_index(int(gap.argmax()), tuple(gap.shape))]
         at = f"element {worst} of the {_dtype(expected)} tensor of shape {tuple(expected.shape)}: "
         texts = show_pair(expected[tuple(worst)].item(), got[tuple(worst)].item())

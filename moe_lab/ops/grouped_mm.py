@@ -18,9 +18,15 @@ from torch import Tensor
 def grouped_mm(rows: Tensor, weights: Tensor, offsets: Tensor, impl: str = "auto") -> Tensor:
     """The grouped matrix product by one of the variants in `GROUPED_MM`; "auto" asks `choose_impl`.
 
+    Under autocast it computes in autocast's dtype, as torch's own products do.
+
     Raises:
         ValueError: a variant that does not exist.
     """
+    device = rows.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        rows, weights = rows.to(dtype), weights.to(dtype)
     if impl == "auto":
         impl = choose_impl(rows, weights)
     if impl not in GROUPED_MM:
@@ -46,7 +52,8 @@ def torch_grouped(rows: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
             f"impl='torch' cannot multiply rows of {rows.shape[1]} and weights to {weights.shape[1]} in {rows.dtype}: "
             "expected fp32, bf16 or fp16, and sizes that are a multiple of 16 bytes. Use impl='auto'."
         )
-    product = F.grouped_mm(rows, weights.mT, offs=offsets)
+    # it takes no odd strides either; what is contiguous already is not copied
+    product = F.grouped_mm(rows.contiguous(), weights.contiguous().mT, offs=offsets)
     if product.requires_grad:
         product.register_hook(Tensor.contiguous)  # its backward refuses expanded gradients, as `.sum()` makes them
     return product

@@ -21,7 +21,7 @@ PART_COLOURS = {
     "attention_projections": BLUE,
     "attention_scores": SKY,
     "ffn": ORANGE,
-    "router": VERMILLION,
+    "router": "#E97B45",  # a lighter vermillion, on which dark numbers can be read
     "experts": ORANGE,
     "shared_experts": "#F5CF7A",
     "norms": GREEN,

@@ -509,6 +509,9 @@ def test_large_tensors_are_shown_by_their_worst_element():
     expected, got = torch.zeros(10, 10), torch.zeros(10, 10)
     got[3, 4], got[5, 5] = 7.0, 0.1
     assert show_pair(expected, got)[1] == "element [3, 4] of the float32 tensor of shape (10, 10): 7.0"
+    expected[0] = got[0] = -torch.inf  # an equal pair of infinities does not differ
+    expected[1] = got[1] = torch.nan
+    assert show_pair(expected, got)[1] == "element [3, 4] of the float32 tensor of shape (10, 10): 7.0"
     assert show(expected) == "float32 tensor of shape (10, 10)"
 
 
