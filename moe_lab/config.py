@@ -159,7 +159,10 @@ class MoEConfig(RouterConfig):
         _require(is_factor, "capacity_factor", factor, "a positive number, or None to drop nothing")
 
     def but(self, **changes: object) -> Self:
-        """The same configuration with some fields changed, validated again; a width by default stays one."""
+        """The same configuration with some fields changed, validated again.
+
+        A `d_ff_shared` that was as by default is worked out anew.
+        """
         if self.d_ff_shared == self.n_shared_experts * self.d_ff:
             changes = {"d_ff_shared": None} | changes
         return super().but(**changes)
@@ -222,7 +225,14 @@ class LMConfig:
         return self.n_layers - self.n_dense_layers if self.moe else 0
 
     def but(self, **changes: object) -> Self:
-        """The same configuration with some fields changed, validated again."""
+        """The same configuration with some fields changed, validated again.
+
+        Heads that were as by default are worked out anew.
+        """
+        if self.n_kv_heads == self.n_heads:
+            changes = {"n_kv_heads": None} | changes
+        if self.n_heads * self.d_head == self.d_model:
+            changes = {"d_head": None} | changes
         return replace(self, **changes)
 
 

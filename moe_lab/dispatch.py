@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moe_lab.config import DROP_RULES
 from moe_lab.records import DispatchPlan, Routing
 
 
@@ -42,6 +43,8 @@ def make_plan(routing: Routing, capacity: int | None = None, drop: str = "positi
     Raises:
         ValueError: a negative capacity, or an unknown rule.
     """
+    if drop not in DROP_RULES:
+        raise ValueError(f"drop={drop!r}: expected one of {', '.join(DROP_RULES)}.")
     experts = routing.topk_experts
     n_tokens, top_k = experts.shape
     n_choices, n_experts = n_tokens * top_k, routing.n_experts
@@ -75,9 +78,7 @@ def _priority(routing: Routing, drop: str) -> Tensor:
     if drop == "position":
         ids = torch.arange(n_tokens * top_k, device=routing.topk_experts.device)
         return ids.view(n_tokens, top_k).T.flatten()
-    if drop == "score":
-        return routing.topk_weights.detach().flatten().argsort(descending=True, stable=True)
-    raise ValueError(f"drop={drop!r}: expected 'position' or 'score'.")
+    return routing.topk_weights.detach().flatten().argsort(descending=True, stable=True)
 
 
 def permute(tokens: Tensor, plan: DispatchPlan) -> Tensor:

@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from moe_lab.config import MoEConfig
 from moe_lab.ffn import ACTIVATIONS
-from moe_lab.ops import grouped_mm
+from moe_lab.ops import GROUPED_MM, grouped_mm
 
 # gpt-oss's constants (openai/gpt-oss, gpt_oss/torch/model.py, `swiglu`)
 CLAMP, SLOPE = 7.0, 1.702
@@ -42,7 +42,8 @@ class _AddBias(torch.autograd.Function):
     def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor, None]:
         (offsets,) = ctx.saved_tensors
         ends = F.pad(offsets, (1, 0)).long()
-        sums = torch.segment_reduce(dy.float(), "sum", offsets=ends, axis=0, initial=0, unsafe=True)
+        exact = dy.to(torch.promote_types(dy.dtype, torch.float32))  # long sums, at least in fp32
+        sums = torch.segment_reduce(exact, "sum", offsets=ends, axis=0, initial=0, unsafe=True)
         return dy, sums.to(ctx.dtype), None
 
 
@@ -55,10 +56,15 @@ class Experts(nn.Module):
 
     Args:
         impl: how rows meet their expert's matrices: a key of `moe_lab.ops.GROUPED_MM`, or "auto".
+
+    Raises:
+        ValueError: an `impl` that does not exist.
     """
 
     def __init__(self, config: MoEConfig, impl: str = "auto") -> None:
         super().__init__()
+        if impl not in ("auto", *GROUPED_MM):
+            raise ValueError(f"impl={impl!r}: expected one of auto, {', '.join(GROUPED_MM)}.")
         self.kind, self.impl = config.expert, impl
         n, width, d_model = config.n_experts, config.d_ff, config.d_model
         self.is_gated, biased = config.expert in GATED, config.expert_bias

@@ -83,7 +83,7 @@ class MoE(nn.Module):
         if x.device != weight.device:
             raise ValueError(f"x is on {x.device}, the layer on {weight.device}: move one of them with .to(...).")
         has_autocast = torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
-        if x.dtype != weight.dtype and not has_autocast:
+        if x.dtype != weight.dtype and not (has_autocast and x.is_floating_point()):
             raise ValueError(f"x is {x.dtype}, the layer {weight.dtype}: convert one of them with .to(...).")
 
 

@@ -82,10 +82,13 @@ def route(router_logits: Tensor, config: RouterConfig, selection_bias: Tensor | 
         selection_bias: (E,) added to the scores for choosing, never for weighing (DeepSeek-V3, equation 16).
     """
     scores = score(router_logits.float(), config.score)
-    if selection_bias is None and config.n_groups == 1:
-        choosing = router_logits.float().detach()  # logits rank as their scores do, and small ones do not round to 0
+    if selection_bias is not None:
+        choosing = scores.detach() + selection_bias
+    elif config.n_groups > 1:
+        choosing = scores.detach()
     else:
-        choosing = scores.detach() if selection_bias is None else scores.detach() + selection_bias
+        choosing = router_logits.float().detach()  # logits rank as their scores do, and small ones do not round to 0
+    if config.n_groups > 1:
         choosing = limit_groups(choosing, config.n_groups, config.groups_kept, config.group_score)
     experts = best_k(choosing, config.top_k)
     weights = weigh(scores, experts, config.normalise, config.scaling_factor)
@@ -162,8 +165,11 @@ class Router(nn.Module):
         """(T, D) to a `Routing` of T tokens.
 
         Raises:
-            ValueError: NaN or infinite logits (on a CPU, or with `check_finite`).
+            ValueError: tokens of another shape; NaN or infinite logits (on a CPU, or with `check_finite`).
         """
+        if tokens.ndim != 2 or tokens.shape[1] != self.config.d_model:
+            expected = f"(T, D) with D = d_model={self.config.d_model}"
+            raise ValueError(f"tokens have shape {tuple(tokens.shape)}: expected {expected}.")
         device = tokens.device.type
         has_autocast = torch.amp.is_autocast_available(device)  # the meta device has none
         with torch.autocast(device, enabled=False) if has_autocast else nullcontext():

@@ -166,6 +166,14 @@ def test_but_works_out_anew_what_was_not_told():
     assert told.but(d_ff=10, n_shared_experts=1).d_ff_shared == 20
 
 
+def test_but_works_out_heads_anew_that_were_as_by_default():
+    plain = LMConfig(d_model=16, n_layers=1, n_heads=2, d_ff=8)
+    assert (plain.but(n_heads=4).n_kv_heads, plain.but(n_heads=4).d_head) == (4, 4)
+    assert plain.but(d_model=32).d_head == 16
+    told = LMConfig(d_model=16, n_layers=1, n_heads=4, n_kv_heads=2, d_head=6, d_ff=8)
+    assert (told.but(d_model=32).n_kv_heads, told.but(d_model=32).d_head) == (2, 6)
+
+
 def test_a_layer_of_experts_changes_is_compared_and_is_frozen():
     assert EXPERTS.but(top_k=3) == MoEConfig(**ROUTER | {"top_k": 3}, d_ff=12)
     assert EXPERTS.but() == EXPERTS

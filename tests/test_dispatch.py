@@ -140,7 +140,7 @@ def test_a_negative_capacity_is_refused(capacity):
 
 
 def test_an_unknown_rule_is_refused():
-    with pytest.raises(ValueError, match=r"drop='age': expected 'position' or 'score'"):
+    with pytest.raises(ValueError, match=r"drop='age': expected one of position, score"):
         make_plan(routing_of([[0]], 1), 1, "age")
 
 
