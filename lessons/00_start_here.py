@@ -140,9 +140,9 @@ viz.draw_map(NOTEBOOKS)
 # | notebook | the one question it answers | builds on |
 # |---|---|---|
 # | [01 dense FFN](01_dense_ffn.ipynb) | where do a transformer's parameters and FLOPs sit? | 00 |
-# | 02 router | how can a network choose, and still be trained? | 01 |
-# | 03 top-k MoE | what does a layer of experts compute, and what does it cost? | 02 |
-# | 04 dispatch | how do tokens reach their experts and come back? | 03 |
+# | [02 router](02_router.ipynb) | how can a network choose, and still be trained? | 01 |
+# | [03 top-k MoE](03_topk_moe.ipynb) | what does a layer of experts compute, and what does it cost? | 02 |
+# | [04 dispatch](04_dispatch.ipynb) | how do tokens reach their experts and come back? | 03 |
 # | 05 load balancing | why does routing collapse, and what does each cure cost? | 04 |
 # | 06 shared experts | why cut experts finer, and keep some always on? | 05 |
 # | 07 expert parallelism | what travels when experts live on different ranks? | 04 |

@@ -946,4 +946,4 @@ viz.draw_dense_to_moe()
 show_progress("01")
 
 # %% [markdown]
-# **Next:** 02 · The router: how can a network choose, and still be trained?
+# **Next:** [02 · The router](02_router.ipynb): how can a network choose, and still be trained?

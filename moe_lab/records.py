@@ -13,10 +13,10 @@ def _shapes(record: object, *fields: str) -> str:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Routing:
-    """The router's decision for T tokens; what is a number in it is fp32, whatever the model's dtype.
+    """The router's decision for T tokens. Scores and weights are fp32, whatever the model's dtype.
 
     Args:
-        router_logits: (T, E), noise included where there is any.
+        router_logits: (T, E), as they came to `route` (fp32 from a `Router`), noise included where there is any.
         router_scores: (T, E), softmax or sigmoid of the logits, without the selection bias.
         topk_weights: (T, K), what each chosen expert's output is multiplied by.
         topk_experts: (T, K), ids of the chosen experts; the best choice comes first, of equals the lowest id.

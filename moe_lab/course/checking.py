@@ -333,8 +333,12 @@ def _tensor_differences(expected, got, rtol, atol, differ) -> Iterator[Differenc
         broken = (~torch.isfinite(other) & torch.isfinite(one)).sum().item()
         if broken:
             what = "NaN" if other.isnan().any() else "infinite"
-            says = f"is {what} in {broken} of {got.numel()} elements: look for 0/0, a log or root of a negative "
-            says += "number, or a softmax over a row that is −inf throughout."
+            says = f"is {what} in {broken} of {got.numel()} elements"
+            if what == "infinite" and one.isinf().any():  # an infinity that was asked for: a mask
+                says += " that should be numbers: does the mask cover too much?"
+            else:
+                says += ": look for 0/0, a log or root of a negative number, or a softmax over a row that is −inf "
+                says += "throughout."
             yield differ("nan", "NaN or infinity", says)
         else:
             yield differ("value", "The values are wrong", _value_hint(one, other, close, rtol, atol))
@@ -426,6 +430,9 @@ def _value_hint(expected, got, close, rtol, atol) -> str:
 
     if not got.any():
         return "is zero everywhere."
+    lost = int((expected.isinf() & (got != expected)).sum())
+    if lost:  # no number is near to an infinity
+        return f"lacks {lost} of {int(expected.isinf().sum())} infinities: was the result of a mask kept?"
     if expected.ndim >= 2 and expected.shape[-1] == expected.shape[-2] and near(got.mT, expected):
         return "is the transpose of the expected one."
     if not expected.is_complex():

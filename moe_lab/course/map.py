@@ -4,9 +4,9 @@
 NOTEBOOKS: tuple[tuple[str, str, int | None], ...] = (
     ("00", "start here", 15),
     ("01", "dense FFN", 60),
-    ("02", "router", None),
-    ("03", "top-k MoE", None),
-    ("04", "dispatch", None),
+    ("02", "router", 60),
+    ("03", "top-k MoE", 60),
+    ("04", "dispatch", 60),
     ("05", "load balancing", None),
     ("06", "shared experts", None),
     ("07", "expert parallelism", None),

@@ -78,22 +78,25 @@ def bars(
     title: str,
     y: str,
     alt: str,
+    x: str | None = None,
     show: Callable[[float], str] = "{:.2f}".format,
     level: tuple[str, float] | None = None,
 ) -> Picture:
-    """One bar a name, with its number on top; `level` is a dotted line with a name."""
+    """One bar a name, with its number on top; `level` is a dotted line with a name.
+
+    With `x` the names are steps along an axis: then all bars have one colour.
+    """
     with mpl.rc_context(STYLE):
         figure, axes = new_axes()
-        drawn = axes.bar(
-            list(values), list(values.values()), color=[SERIES[i % len(SERIES)] for i in range(len(values))]
-        )
+        colours = SERIES[0] if x else [SERIES[i % len(SERIES)] for i in range(len(values))]
+        drawn = axes.bar(list(values), list(values.values()), color=colours)
         if level:
             _level(axes, *level)
         labels = axes.bar_label(drawn, labels=[show(value) for value in values.values()], padding=2)
         for label in labels:  # readable where the level's line runs through
             label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.8})
         axes.margins(y=0.15)
-        axes.set(title=title, ylabel=y)
+        axes.set(title=title, xlabel=x or "", ylabel=y)
         return Picture(figure, alt)
 
 

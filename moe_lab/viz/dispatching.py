@@ -151,11 +151,10 @@ def draw_dispatch(routing: Routing, plan: DispatchPlan, *, back: bool = True, gr
                     y, colour = choice_y[token][slot], expert_colour(expert)
                     lost = dropped[token][slot]
                     label = f"expert {expert}" if side == 0 else f"× {weights[token][slot]:g}"
+                    if lost:
+                        label = f"{expert} is full" if side == 0 else "dropped"
                     _between(axes, token_end, choice_end, y, BOX, label, colour, faint=lost)
                     if lost:
-                        outwards = (choice_end + 0.1, "left") if side == 0 else (choice_end - 0.1, "right")
-                        over = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}  # a curve may pass behind
-                        axes.text(outwards[0], y, "× full", ha=outwards[1], va="center", fontsize=SMALL, bbox=over)
                         continue
                     start, end = (choice_end, y), (row_end, row_y_of(row_y, groups, rows[token][slot]))
                     inwards = (side == 0) != gradients
@@ -283,32 +282,30 @@ def _curve(axes: Axes, start: tuple, end: tuple, colour: str, upright: bool = Fa
 # --- the room it takes --------------------------------------------------------------------------------------------
 
 
-def draw_layouts(layouts: Mapping[str, DispatchPlan]) -> Picture:
-    """The rows of several plans, an expert a line: who lies where, and which places stay empty."""
+def draw_layouts(plan: DispatchPlan) -> Picture:
+    """The rows of a plan as they are, and padded to the fullest expert: an expert a line, empty places hatched."""
+    sorted_rows = rows_of_experts(plan)
+    widest = max(map(len, sorted_rows))
+    padded = [[*rows, *[None] * (widest - len(rows))] for rows in sorted_rows]
     with mpl.rc_context(STYLE):
-        widest = max(len(rows) for plan in layouts.values() for rows in rows_of_experts(plan))
-        n_experts = max(len(plan.offsets) for plan in layouts.values())
-        figure, axes = new_axes(9.6, 0.36 * n_experts + 0.9)
-        axes.set(xlim=(-1.7, len(layouts) * (widest + 1.2) - 0.9), ylim=(n_experts + 0.1, -1.6))
+        figure, axes = new_axes(7.6, 0.36 * len(padded) + 0.9)
+        axes.set(xlim=(-1.7, 2 * widest + 1.5), ylim=(len(padded) + 0.1, -1.6))
         axes.axis("off")
-        for expert in range(n_experts):
+        for expert in range(len(padded)):
             axes.text(-0.25, expert + 0.5, f"expert {expert}", ha="right", va="center", fontsize=9.5)
         words = []
-        for panel, (name, plan) in enumerate(layouts.items()):
+        layouts = {"sorted": sorted_rows, "padded to the fullest": padded}
+        for panel, (name, groups) in enumerate(layouts.items()):
             left = panel * (widest + 1.2)
-            groups = rows_of_experts(plan)
             empty = sum(row is None for rows in groups for row in rows)
-            lost = int(plan.dropped.sum())
-            counts = [f"{plan.n_rows} rows"] + [f"{empty} empty"] * bool(empty) + [f"{lost} dropped"] * bool(lost)
+            counts = f"{sum(map(len, groups))} rows" + (f", {empty} empty" if empty else "")
             axes.text(left, -1.15, name, va="center", fontsize=10.5)
-            axes.text(left, -0.5, ", ".join(counts), va="center", fontsize=9.5)
-            words.append(f"{name}: {', '.join(counts)}")
+            axes.text(left, -0.5, counts, va="center", fontsize=9.5)
+            words.append(f"{name}: {counts}")
             for expert, rows in enumerate(groups):
                 for place, token in enumerate(rows):
                     _place(axes, left + place, expert, token, expert_colour(expert))
-        return Picture(
-            figure, f"The same choices laid out in {len(layouts)} ways, a line for each expert. {'; '.join(words)}."
-        )
+        return Picture(figure, f"The same choices laid out in two ways, a line for each expert. {'; '.join(words)}.")
 
 
 def _place(axes: Axes, x: float, y: float, token: int | None, colour: str) -> None:

@@ -34,8 +34,11 @@ def _listed(items: Sequence[object]) -> str:
 # --- the two ways from a router to the output ---------------------------------------------------------------------
 
 
-def draw_router() -> Picture:
-    """Token, logits, scores; from there the choice, which has no slope, and the weights, which bring the gradient."""
+def draw_router(learning: bool = True) -> Picture:
+    """Token, logits, scores; from there the choice and the weights.
+
+    While `learning`, also the way back: the choice has no slope, the weights bring the gradient.
+    """
     back = {"color": VERMILLION, "linestyle": (0, (4, 2)), "linewidth": 1.7}
     logits, scores, chosen = (4, 0, 2, -2), ("0.86", "0.02", "0.12", "0.00"), (0, 2)
     with mpl.rc_context(STYLE):
@@ -63,22 +66,27 @@ def draw_router() -> Picture:
             else:
                 axes.plot([8.5, 9.55], [3.95, y], color=GREY, linewidth=1, linestyle=":")
         _arrow(axes, (8.5, 1.05), (11.98, 2.32))
-        axes.text(9.35, 1.72, "0.88, 0.12", fontsize=9.5, ha="center", rotation=17)
         _plus(axes, 12.2, 2.47, "×")
         _arrow(axes, (12.42, 2.47), (12.85, 2.47))
         axes.text(12.95, 2.47, "sum, y", va="center")
 
+        forward = (
+            "From left to right: a token, the router, four logits, four scores. From the scores two ways lead on. The "
+            "upper one chooses experts 0 and 2. The lower one makes weights, which multiply the outputs of the chosen."
+        )
+        if not learning:
+            return Picture(figure, forward)
+        axes.text(9.35, 1.72, "0.88, 0.12", fontsize=9.5, ha="center", rotation=17)
         _arrow(axes, (12.2, 2.2), (8.5, 0.75), bend=-0.25, **back)
-        _arrow(axes, (6.85, 0.85), (5.95, 1.18), bend=-0.2, **back)
-        _arrow(axes, (5.6, 1.02), (1.75, 1.98), bend=-0.25, **back)
+        _arrow(axes, (6.85, 0.85), (5.95, 1.44), bend=-0.25, **back)
+        _arrow(axes, (5.6, 1.62), (3.55, 1.62), **back)
+        _arrow(axes, (2.86, 1.62), (1.75, 2.02), bend=-0.2, **back)
         axes.text(10.0, 0.42, "the gradient comes back this way", fontsize=9.5, color=VERMILLION, ha="left")
-        axes.text(7.7, 4.5, "no slope: nothing comes back", fontsize=9.5, color=VERMILLION, ha="center")
+        axes.text(7.7, 4.62, "no slope: nothing comes back", fontsize=9.5, color=VERMILLION, ha="center")
         return Picture(
             figure,
-            "From left to right: a token, the router, four logits, four scores. From the scores two ways lead on. The "
-            "upper one chooses experts 0 and 2, and nothing comes back through it. The lower one makes weights, 0.88 "
-            "and 0.12, which multiply the chosen experts' outputs; the gradient comes back through the weights to the "
-            "scores, the logits and the router.",
+            f"{forward} Nothing comes back through the choice. The gradient comes back through the weights, 0.88 and "
+            "0.12, to the scores, the logits and the router.",
         )
 
 
@@ -195,10 +203,11 @@ def heatmaps(
     y: str,
     alt: str,
     colour: str,
+    rows: Sequence[str] | None = None,
     signed: bool = False,
     numbers: bool = False,
 ) -> Picture:
-    """Matrices of one shape side by side, in one scale of shades; `signed` centres white on zero."""
+    """Matrices side by side, in one scale of shades; `rows` names the rows, `signed` centres white on zero."""
     grids = {name: np.asarray(matrix, dtype=float) for name, matrix in matrices.items()}
     limit = max(float(np.abs(grid).max()) for grid in grids.values()) or 1.0
     n_rows = max(len(grid) for grid in grids.values())
@@ -211,6 +220,8 @@ def heatmaps(
             cmap = "PuOr" if signed else "Blues"
             image = panel.imshow(grid, cmap=cmap, vmin=low, vmax=limit, aspect="auto", interpolation="nearest")
             panel.set(title=name, xlabel=x, xticks=range(grid.shape[1]), yticks=range(grid.shape[0]))
+            if rows is not None:
+                panel.set_yticks(range(len(grid)), rows[: len(grid)])
             panel.title.set_fontsize(10)
             panel.spines[:].set_visible(True)
             for (i, j), value in np.ndenumerate(grid) if numbers else ():

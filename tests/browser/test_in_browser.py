@@ -3,12 +3,14 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 from driving import CLICK, browser_missing, wait_until
 
 from moe_lab.course.chapters import ch01
-from moe_lab.viz.explorer import SizeExplorer
+from moe_lab.viz import RouterExplorer, TraceExplorer
+from moe_lab.viz.explorer import Explorer, SizeExplorer
 
 MISSING = browser_missing()
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
@@ -55,26 +57,71 @@ def test_an_exercise_names_the_mistake_and_the_progress_survives_a_restart(lab):
     assert "notebook 01  [#.....]  1 of 6 passed" in told.stdout, told
 
 
-def test_the_sliders_of_01_redraw_the_picture(lab):
-    notebook = lab.open("01_dense_ffn")
-    cell = notebook.cell("SizeExplorer()")
-    notebook.run_to(cell)
-    image, sliders, readouts = (cell.output.locator(part) for part in ("img", ".noUi-handle", ".widget-readout"))
+class Live:
+    """An explorer in a notebook, and its twin in this process, which says what picture is to be seen."""
 
-    def picture() -> bytes:
+    def __init__(self, lab, notebook_name: str, make: type[Explorer]) -> None:
+        self.twin = make()
+        notebook = lab.open(notebook_name)
+        self.cell = notebook.cell(f"{make.__name__}()")
+        notebook.run_to(self.cell)
+        self.sliders = {name: w for name, w in self.twin.sliders.items() if hasattr(w, "step")}
+        assert self.picture() == self.twin.picture.png
+        assert self.cell.output.locator(".noUi-handle").count() == len(self.sliders)
+
+    def picture(self) -> bytes:
         read = "async img => Array.from(new Uint8Array(await (await fetch(img.src)).arrayBuffer()))"
-        return bytes(image.evaluate(read))
+        return bytes(self.cell.output.locator("img").evaluate(read))
 
-    explorer, pictures = SizeExplorer(), [picture()]
-    assert pictures[0] == explorer.picture.png
-    assert sliders.count() == len(explorer.sliders)
-    for number, slider in enumerate(explorer.sliders.values()):
-        slider.value += slider.step
-        sliders.nth(number).press("ArrowRight")
-        expect(readouts.nth(number)).to_have_text(str(slider.value))
-        wait_until(lambda: picture() != pictures[-1], f"a new picture after {slider.description} moved")
-        pictures.append(picture())
-        assert pictures[-1] == explorer.picture.png, f"another picture than that of {slider.description} {slider.value}"
+    def change(self, name: str, value: object, act: Callable[[], None]) -> None:
+        """What `act` does in the browser sets the twin's `name` to `value`: both must show another, equal picture."""
+        before = self.picture()
+        self.twin.sliders[name].value = value
+        act()
+        wait_until(lambda: self.picture() != before, f"a new picture after {name} became {value!r}")
+        assert self.picture() == self.twin.picture.png, f"another picture than that of {name} {value!r}"
+
+    def move_slider(self, name: str) -> None:
+        """One step to the right by the keyboard."""
+        slider, place = self.sliders[name], list(self.sliders).index(name)
+        handle, readout = (self.cell.output.locator(part).nth(place) for part in (".noUi-handle", ".widget-readout"))
+        value = slider.value + slider.step
+        self.change(name, value, lambda: handle.press("ArrowRight"))
+        shown = format(value, slider.readout_format)
+        expect(readout).to_have_text(shown)
+
+
+def test_the_sliders_of_01_redraw_the_picture(lab):
+    live = Live(lab, "01_dense_ffn", SizeExplorer)
+    for name in live.sliders:
+        live.move_slider(name)
+
+
+def test_the_router_of_02_chooses_live(lab):
+    live = Live(lab, "02_router", RouterExplorer)
+    for name in ("expert_1", "k", "temperature"):
+        live.move_slider(name)
+    output = live.cell.output
+    live.change("score", "sigmoid", lambda: output.get_by_role("button", name="sigmoid").click())
+    live.change("normalise", False, lambda: output.get_by_role("checkbox").click())
+
+
+def test_a_typed_sentence_is_traced_in_03(lab):
+    live = Live(lab, "03_topk_moe", TraceExplorer)
+
+    def type_it(text: str) -> Callable[[], None]:
+        def act() -> None:
+            field = live.cell.output.get_by_role("textbox").first
+            field.fill(text)
+            field.press("Enter")
+
+        return act
+
+    live.change("text", "2 + 2 = 4", type_it("2 + 2 = 4"))
+    live.change("text", "", type_it(""))  # no sentence: a word on what to do
+    live.change("text", "é", type_it("é"))
+    for name in ("layer", "top_k"):
+        live.move_slider(name)
 
 
 def test_nothing_came_from_outside_this_machine(lab):

@@ -515,6 +515,21 @@ def test_large_tensors_are_shown_by_their_worst_element():
     assert show(expected) == "float32 tensor of shape (10, 10)"
 
 
+@pytest.mark.parametrize(
+    ("got", "says"),
+    [
+        ([1.0, 2.0, 3.0], "lacks 2 of 2 infinities"),
+        ([1.0, 2.0, -torch.inf], "lacks 1 of 2 infinities"),
+        ([1.0, torch.inf, -torch.inf], "lacks 1 of 2 infinities"),
+        ([-torch.inf, -torch.inf, -torch.inf], "is infinite in 1 of 3 elements that should be numbers: does the mask"),
+        ([torch.nan, -torch.inf, -torch.inf], "is NaN in 1 of 3 elements: look for 0/0"),
+    ],
+)
+def test_an_infinity_is_never_close_to_a_number(got, says):
+    expected, got = (Run(value=torch.tensor(values)) for values in ([1.0, -torch.inf, -torch.inf], got))
+    assert says in compare(expected, got, rtol=1e-4, atol=1e-5).says
+
+
 def test_close_numbers_are_shown_with_enough_digits():
     assert show_pair(1.0, 1.00004) == ("1.0", "1.00004")
     assert show_pair(1.0, 1.5) == ("1.0", "1.5")

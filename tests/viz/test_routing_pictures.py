@@ -13,7 +13,7 @@ from moe_lab.viz import picture
 from moe_lab.viz.routing import RouterExplorer, worth_of_groups
 
 LABELS = {"title": "a title", "x": "logit", "y": "choice", "alt": "what is seen", "colour": "slope"}
-SCORES = torch.tensor([0.9, 0.1, 0.0, 0.5, 0.7, 0.6, 0.4, 0.5, 0.1, 0.2, 0.2, 0.8])
+SCORES = torch.tensor([0.9, 0.1, 0.0, 0.5, 0.7, 0.6, 0.4, 0.5, 0.1, 0.2, 0.3, 0.8])
 
 
 @pytest.fixture
@@ -53,6 +53,21 @@ def test_the_router_is_drawn_with_the_numbers_of_its_token(figures):
     assert ", ".join(f"{weight:.2f}" for weight in routing.topk_weights[0].tolist()) in texts
     assert "experts 0 and 2" in shown.alt
     assert routing.topk_experts.tolist() == [[0, 2]]
+
+
+def test_the_way_back_is_drawn_only_while_learning(figures):
+    forward, both = viz.draw_router(learning=False), viz.draw_router()
+    told = [{text.get_text() for text in figure.axes[0].texts} for figure in figures]
+    assert told[1] - told[0] == {"0.88, 0.12", "the gradient comes back this way", "no slope: nothing comes back"}
+    assert "gradient" in both.alt
+    assert "gradient" not in forward.alt
+
+
+def test_bars_along_an_axis_name_it_and_have_one_colour(figures):
+    viz.bars({"0 to 1": 5.0, "1 to 2": 3.0}, title="t", x="margin", y="share (%)", alt="two bars")
+    (axes,) = figures[0].axes
+    assert axes.get_xlabel() == "margin"
+    assert len({bar.get_facecolor() for bar in axes.patches}) == 1
 
 
 def test_the_drawing_is_the_same_bytes_every_time():
@@ -129,13 +144,14 @@ def test_the_explorer_draws_at_its_corners(score, k, logit):
 
 def test_heatmaps_share_one_scale_and_may_differ_in_shape(figures):
     one, two = torch.tensor([[0.5, -2.0]]), torch.tensor([[0.0, 1.0], [-1.0, 0.25]])
-    viz.heatmaps({"one": one, "two": two}, signed=True, numbers=True, **LABELS)
+    viz.heatmaps({"one": one, "two": two}, rows=("1", "3"), signed=True, numbers=True, **LABELS)
     first, second = figures[0].axes[:2]
     assert np.array_equal(first.images[0].get_array(), one.numpy())
     assert np.array_equal(second.images[0].get_array(), two.numpy())
     assert first.images[0].get_clim() == second.images[0].get_clim() == (-2, 2)
     assert [text.get_text() for text in first.texts] == ["0.50", "−2.00"]
     assert second.texts[0].get_text() == "0"
+    assert [[label.get_text() for label in axes.get_yticklabels()] for axes in (first, second)] == [["1"], ["1", "3"]]
     assert (first.get_title(loc="left"), first.get_xlabel(), first.get_ylabel()) == ("one", "logit", "choice")
 
 
@@ -149,15 +165,15 @@ def test_unsigned_heatmaps_begin_at_zero_and_survive_zeros(figures):
 
 def test_groups_are_worth_their_best_or_two_best():
     assert worth_of_groups(SCORES, 4, "max").tolist() == pytest.approx([0.9, 0.7, 0.5, 0.8])
-    assert worth_of_groups(SCORES, 4, "top2_sum").tolist() == pytest.approx([1.0, 1.3, 0.9, 1.0])
+    assert worth_of_groups(SCORES, 4, "top2_sum").tolist() == pytest.approx([1.0, 1.3, 0.9, 1.1])
 
 
 def test_groups_show_both_rules_with_their_choice(figures):
     shown = viz.draw_groups(SCORES, n_groups=4, groups_kept=2, top_k=3)
     by_best, by_two = figures[0].axes
-    assert "groups 0 and 3 are kept and experts 0, 9 and 11 chosen" in shown.alt
-    assert "groups 0 and 1 are kept and experts 0, 4 and 5 chosen" in shown.alt
-    for axes, kept in ((by_best, (0, 3)), (by_two, (0, 1))):
+    assert "groups 0 and 3 are kept and experts 0, 10 and 11 chosen" in shown.alt
+    assert "groups 1 and 3 are kept and experts 4, 5 and 11 chosen" in shown.alt
+    for axes, kept in ((by_best, (0, 3)), (by_two, (1, 3))):
         names = [text.get_text() for text in axes.texts if text.get_text().startswith("group")]
         assert [name.endswith("kept") for name in names] == [group in kept for group in range(4)]
     assert "group 1: worth 1.30, kept" in {text.get_text() for text in by_two.texts}
