@@ -6,7 +6,7 @@ from matplotlib.patches import FancyArrowPatch, Rectangle
 
 from moe_lab import dispatch, viz
 from moe_lab.records import DispatchPlan, Routing
-from moe_lab.viz import dispatching, picture
+from moe_lab.viz import dispatching
 
 
 def routing(experts: list[list[int]], n_experts: int) -> Routing:
@@ -16,17 +16,6 @@ def routing(experts: list[list[int]], n_experts: int) -> Routing:
 
 
 SIX = routing([[0, 3], [3, 0], [0, 1], [1, 0], [0, 3], [3, 1]], 4)  # expert 2 has no rows
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    """The matplotlib figures behind the pictures, for looking at what they show."""
-    figures = []
-    original = picture.Picture.__init__
-    monkeypatch.setattr(
-        picture.Picture, "__init__", lambda self, figure, alt: (figures.append(figure), original(self, figure, alt))[1]
-    )
-    return figures
 
 
 def texts(figure) -> list[str]:

@@ -9,21 +9,9 @@ from moe_lab.config import RouterConfig
 from moe_lab.lm import LM
 from moe_lab.presets import DENSE_BASELINE, MOE_BASELINE
 from moe_lab.routing import route
-from moe_lab.viz import picture
 from moe_lab.viz.tracing import MAX_VISITS, TraceExplorer, byte_names
 
 SCORES = torch.tensor([[0.6, 0.2, 0.1, 0.1], [0.3, 0.1, 0.5, 0.1], [0.2, 0.7, 0.05, 0.05]])
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    """The matplotlib figures behind the pictures, for looking at what they show."""
-    figures = []
-    original = picture.Picture.__init__
-    monkeypatch.setattr(
-        picture.Picture, "__init__", lambda self, figure, alt: (figures.append(figure), original(self, figure, alt))[1]
-    )
-    return figures
 
 
 @pytest.fixture

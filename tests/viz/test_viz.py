@@ -14,17 +14,6 @@ from moe_lab.viz.explorer import SizeExplorer, readable
 LABELS = {"title": "a title", "x": "step", "y": "bits per byte", "alt": "what is seen"}
 
 
-@pytest.fixture
-def drawn(monkeypatch):
-    """The matplotlib figures behind the pictures, for looking at what they show."""
-    figures = []
-    original = picture.Picture.__init__
-    monkeypatch.setattr(
-        picture.Picture, "__init__", lambda self, figure, alt: (figures.append(figure), original(self, figure, alt))[1]
-    )
-    return figures
-
-
 def test_a_picture_without_alt_text_is_refused():
     with pytest.raises(ValueError, match="needs alt text"):
         viz.Picture(Figure(), " ")
