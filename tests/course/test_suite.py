@@ -265,8 +265,9 @@ def test_all_steps_run_even_when_one_fails_and_the_last_line_adds_up(tiny_course
     monkeypatch.chdir(tiny_course)
     write(tiny_course, "untidy.py", "import os\n")
     write(tiny_course, "notebooks/mine.py", "import os\n")  # a learner's folder is not linted
+    passes = 'def test_passes(record_property):\n    record_property("seen", 1)  # its own, no notebook\'s\n'
     skip = '@pytest.mark.skip(reason="no")\ndef test_skips():\n    pass\n'
-    write(tiny_course, "tests/test_a.py", f"import pytest\n\n\ndef test_passes(record_property):\n    record_property('seen', 1)  # no notebook's\n\n\n{skip}")
+    write(tiny_course, "tests/test_a.py", f"import pytest\n\n\n{passes}\n\n{skip}")
     write(
         tiny_course, "tests/browser/test_b.py", 'import pytest\n\npytest.skip("no Chromium", allow_module_level=True)\n'
     )
