@@ -92,7 +92,7 @@ def _torch_takes(rows: Tensor, weights: Tensor) -> bool:
 def choose_impl(rows: Tensor, weights: Tensor) -> str:
     """The variant that "auto" stands for, from shapes, dtype and device alone: "torch", or where it cannot, "padded".
 
-    Measured with `moe-lab bench`: on a CPU no variant wins everywhere. "padded" can be a little faster while the load
-    is even, and is several times slower when it is not; the load is not known from shapes.
+    Measured with `moe-lab bench` (benchmarks/results/cpu.md): on a CPU "torch" was the fastest at every shape and load.
+    "padded" is somewhat slower while the load is even, and many times slower when it is not.
     """
     return "torch" if _torch_takes(rows, weights) else "padded"
