@@ -69,7 +69,9 @@ LOADS = ("balanced", "skewed")
 
 
 def layer_and_input(shape: Shape, skewed: bool = False, seed: int = 0) -> tuple[MoE, Tensor]:
-    """A layer and a batch (T, D) that it routes evenly, or `skewed`, with expert i chosen about in proportion to 1/i.
+    """A layer and a batch (T, D) that it routes evenly, or `skewed`.
+
+    Skewed, a token draws its experts about with weights 1, 1/2, 1/3, …, none of them twice.
 
     The first number of every token is 1, so that the first column of the router's matrix acts as a bias: the logarithm
     of the wanted probabilities. The other columns add noise of the size that makes a largest-of-all choice a draw.

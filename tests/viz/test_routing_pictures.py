@@ -9,22 +9,10 @@ import torch
 from moe_lab import viz
 from moe_lab.config import RouterConfig
 from moe_lab.routing import route
-from moe_lab.viz import picture
 from moe_lab.viz.routing import RouterExplorer, worth_of_groups
 
 LABELS = {"title": "a title", "x": "logit", "y": "choice", "alt": "what is seen", "colour": "slope"}
 SCORES = torch.tensor([0.9, 0.1, 0.0, 0.5, 0.7, 0.6, 0.4, 0.5, 0.1, 0.2, 0.3, 0.8])
-
-
-@pytest.fixture
-def figures(monkeypatch):
-    """The matplotlib figures behind the pictures."""
-    seen = []
-    original = picture.Picture.__init__
-    monkeypatch.setattr(
-        picture.Picture, "__init__", lambda self, figure, alt: (seen.append(figure), original(self, figure, alt))[1]
-    )
-    return seen
 
 
 def heights(axes) -> dict[int, float]:
@@ -44,28 +32,28 @@ def solid(axes) -> list[int]:
 # --- the drawing --------------------------------------------------------------------------------------------------
 
 
-def test_the_router_is_drawn_with_the_numbers_of_its_token(figures):
+def test_the_router_is_drawn_with_the_numbers_of_its_token(drawn):
     shown = viz.draw_router()
     logits = torch.tensor([[4.0, 0.0, 2.0, -2.0]])  # the first question of the notebook
     routing = route(logits, RouterConfig(d_model=2, n_experts=4, top_k=2))
-    texts = {text.get_text() for text in figures[0].axes[0].texts}
+    texts = {text.get_text() for text in drawn[0].axes[0].texts}
     assert {f"{score:.2f}" for score in routing.router_scores[0].tolist()} <= texts
     assert ", ".join(f"{weight:.2f}" for weight in routing.topk_weights[0].tolist()) in texts
     assert "experts 0 and 2" in shown.alt
     assert routing.topk_experts.tolist() == [[0, 2]]
 
 
-def test_the_way_back_is_drawn_only_while_learning(figures):
+def test_the_way_back_is_drawn_only_while_learning(drawn):
     forward, both = viz.draw_router(learning=False), viz.draw_router()
-    told = [{text.get_text() for text in figure.axes[0].texts} for figure in figures]
+    told = [{text.get_text() for text in figure.axes[0].texts} for figure in drawn]
     assert told[1] - told[0] == {"0.88, 0.12", "the gradient comes back this way", "no slope: nothing comes back"}
     assert "gradient" in both.alt
     assert "gradient" not in forward.alt
 
 
-def test_bars_along_an_axis_name_it_and_have_one_colour(figures):
+def test_bars_along_an_axis_name_it_and_have_one_colour(drawn):
     viz.bars({"0 to 1": 5.0, "1 to 2": 3.0}, title="t", x="margin", y="share (%)", alt="two bars")
-    (axes,) = figures[0].axes
+    (axes,) = drawn[0].axes
     assert axes.get_xlabel() == "margin"
     assert len({bar.get_facecolor() for bar in axes.patches}) == 1
 
@@ -77,11 +65,11 @@ def test_the_drawing_is_the_same_bytes_every_time():
 # --- one token ----------------------------------------------------------------------------------------------------
 
 
-def test_a_token_shows_logits_scores_and_weights_of_its_own_row(figures):
+def test_a_token_shows_logits_scores_and_weights_of_its_own_row(drawn):
     logits = torch.tensor([[9.0, 9.0, 9.0], [1.0, -2.0, 3.0]])
     routing = route(logits, RouterConfig(d_model=1, n_experts=3, top_k=2, score="sigmoid", normalise=False))
     shown = viz.draw_token(routing, token=1)
-    axes = figures[0].axes
+    axes = drawn[0].axes
     assert heights(axes[0]) == pytest.approx({0: 1.0, 1: -2.0, 2: 3.0})
     assert heights(axes[1]) == pytest.approx(dict(enumerate(logits[1].sigmoid().tolist())))
     assert heights(axes[2]) == pytest.approx({0: logits[1, 0].sigmoid().item(), 2: logits[1, 2].sigmoid().item()})
@@ -90,10 +78,10 @@ def test_a_token_shows_logits_scores_and_weights_of_its_own_row(figures):
     assert "the best first: expert 2 with weight 0.95, expert 0 with weight 0.73" in shown.alt
 
 
-def test_weights_above_one_are_not_cut_off(figures):
+def test_weights_above_one_are_not_cut_off(drawn):
     routing = route(torch.zeros(1, 4), RouterConfig(d_model=1, n_experts=4, top_k=1, scaling_factor=2.5))
     viz.draw_token(routing)
-    assert figures[0].axes[2].get_ylim()[1] > 2.5
+    assert drawn[0].axes[2].get_ylim()[1] > 2.5
 
 
 # --- the explorer -------------------------------------------------------------------------------------------------
@@ -142,10 +130,10 @@ def test_the_explorer_draws_at_its_corners(score, k, logit):
 # --- matrices -----------------------------------------------------------------------------------------------------
 
 
-def test_heatmaps_share_one_scale_and_may_differ_in_shape(figures):
+def test_heatmaps_share_one_scale_and_may_differ_in_shape(drawn):
     one, two = torch.tensor([[0.5, -2.0]]), torch.tensor([[0.0, 1.0], [-1.0, 0.25]])
     viz.heatmaps({"one": one, "two": two}, rows=("1", "3"), signed=True, numbers=True, **LABELS)
-    first, second = figures[0].axes[:2]
+    first, second = drawn[0].axes[:2]
     assert np.array_equal(first.images[0].get_array(), one.numpy())
     assert np.array_equal(second.images[0].get_array(), two.numpy())
     assert first.images[0].get_clim() == second.images[0].get_clim() == (-2, 2)
@@ -155,9 +143,9 @@ def test_heatmaps_share_one_scale_and_may_differ_in_shape(figures):
     assert (first.get_title(loc="left"), first.get_xlabel(), first.get_ylabel()) == ("one", "logit", "choice")
 
 
-def test_unsigned_heatmaps_begin_at_zero_and_survive_zeros(figures):
+def test_unsigned_heatmaps_begin_at_zero_and_survive_zeros(drawn):
     viz.heatmaps({"zeros": torch.zeros(2, 3)}, **LABELS)
-    assert figures[0].axes[0].images[0].get_clim() == (0, 1)
+    assert drawn[0].axes[0].images[0].get_clim() == (0, 1)
 
 
 # --- groups -------------------------------------------------------------------------------------------------------
@@ -168,9 +156,9 @@ def test_groups_are_worth_their_best_or_two_best():
     assert worth_of_groups(SCORES, 4, "top2_sum").tolist() == pytest.approx([1.0, 1.3, 0.9, 1.1])
 
 
-def test_groups_show_both_rules_with_their_choice(figures):
+def test_groups_show_both_rules_with_their_choice(drawn):
     shown = viz.draw_groups(SCORES, n_groups=4, groups_kept=2, top_k=3)
-    by_best, by_two = figures[0].axes
+    by_best, by_two = drawn[0].axes
     assert "groups 0 and 3 are kept and experts 0, 10 and 11 chosen" in shown.alt
     assert "groups 1 and 3 are kept and experts 4, 5 and 11 chosen" in shown.alt
     for axes, kept in ((by_best, (0, 3)), (by_two, (1, 3))):
