@@ -21,9 +21,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moe_lab.checkpoints import to_hugging_face
 from moe_lab.config import MoEConfig
 from moe_lab.dispatch import combine, make_plan, permute
+from moe_lab.hugging_face import to_hugging_face
 from moe_lab.moe import MoE, moe_loop, moe_reference
 from moe_lab.ops import GROUPED_MM
 from moe_lab.paths import CourseError, course_root

@@ -1,147 +1,152 @@
-"""Weights of a layer of experts, from and to the tensors that Hugging Face's classes keep (transformers 5).
+"""Models and training runs on disk: safetensors files, written whole or not at all.
 
-Every family's layout is a list of moves, each between some of our tensors and some of theirs. A move is linear and
-knows both directions, so that gradients are carried over like weights.
+A checkpoint is one file. Its tensors are those of `Trainer.state()`; a file of weights alone has the `model.` ones. The
+header holds the configuration as JSON, so that a file can be opened without knowing what is in it.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Self
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-FAMILIES = (  # as the folders of transformers/models are called
-    "mixtral",
-    "qwen2_moe",
-    "qwen3_moe",
-    "olmoe",
-    "deepseek_v2",
-    "deepseek_v3",
-    "switch",
-    "gpt_oss",
-    "llama4",
-)
+from moe_lab.config import LMConfig, RunConfig
+from moe_lab.lm import LM
+from moe_lab.paths import CourseError, data_dir
+from moe_lab.plain import differences, from_plain, to_plain
+
+FORMAT = "moe-lab checkpoint 1"
 
 
-def from_hugging_face(family: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state of an `MoE`, from the state of the family's block in transformers.
-
-    Raises:
-        ValueError: an unknown family, or tensors that are not exactly those of its block; the message names them.
-    """
-    n_experts = sum(name.endswith("wi.weight") for name in tensors) if family == "switch" else 0
-    moves = _moves(family, n_experts)
-    _require_names(family, set(tensors), {name for move in moves for name in move.theirs})
-    return {
-        name: tensor.contiguous()
-        for move in moves
-        for name, tensor in zip(move.ours, move.to_ours(*(tensors[t] for t in move.theirs)), strict=True)
-    }
+class CheckpointError(CourseError):
+    """A checkpoint could not be written or read, or is another one than was asked for."""
 
 
-def to_hugging_face(family: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state of the family's block in transformers, from the state (or the gradients) of an `MoE`.
-
-    What is not there is left out together with its counterpart: gradients have no selection bias.
+def save(path: Path, tensors: Mapping[str, Tensor], config: LMConfig | RunConfig) -> None:
+    """Write tensors and their configuration to a file. Until it is complete, what stood there before stays.
 
     Raises:
-        ValueError: an unknown family, or tensors that the family's layer does not have; the message names them.
+        CheckpointError: the file cannot be written; what stood there before is intact.
     """
-    moves = _moves(family, len(tensors["experts.w_in"]) if "experts.w_in" in tensors else 0)
-    moves = [move for move in moves if any(name in tensors for name in move.ours)]
-    _require_names(family, set(tensors), {name for move in moves for name in move.ours})
-    return {
-        name: tensor.contiguous()
-        for move in moves
-        for name, tensor in zip(move.theirs, move.to_theirs(*(tensors[o] for o in move.ours)), strict=True)
+    header = {"format": FORMAT, "kind": type(config).__name__, "config": json.dumps(to_plain(config))}
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: tensor.contiguous() for name, tensor in _once(tensors).items()}, partial, metadata=header)
+        with open(partial, "rb+") as written:
+            os.fsync(written.fileno())
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        before = "the file that stood there is intact" if path.exists() else "nothing was left behind"
+        raise CheckpointError(f"{path} cannot be written ({error}): {before}. Is the disk full?") from None
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+
+
+def _once(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without the second name of a tensor that has two: a tied head is the embedding."""
+    kept: dict[str, Tensor] = {}
+    seen = set()
+    for name, tensor in tensors.items():
+        key = (tensor.data_ptr(), tensor.shape)
+        if tensor.numel() == 0 or key not in seen:
+            kept[name] = tensor.detach()
+        seen.add(key)
+    return kept
+
+
+def load(path: Path) -> tuple[dict[str, Tensor], LMConfig | RunConfig]:
+    """The tensors of a checkpoint, on the CPU, and its configuration.
+
+    Raises:
+        CheckpointError: no file, a damaged one, or one that was not written by `save`.
+    """
+    path = Path(path)
+    try:
+        with safe_open(path, framework="pt") as opened:
+            header = opened.metadata() or {}
+            if header.get("format") != FORMAT:
+                raise CheckpointError(f"{path} is no checkpoint of this course: its header does not say {FORMAT!r}.")
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (it is no mapping)
+        kind = RunConfig if header["kind"] == "RunConfig" else LMConfig
+        config = from_plain(kind, json.loads(header["config"]))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist.") from None
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}): it is damaged, or no safetensors file.") from None
+    model = config.model if isinstance(config, RunConfig) else config
+    if model.tied_embeddings and "model.embedding.weight" in tensors:
+        tensors["model.head.weight"] = tensors["model.embedding.weight"]
+    return tensors, config
+
+
+def require_same(found: RunConfig, wanted: RunConfig, path: Path) -> None:
+    """Refuse to go on from a checkpoint of another configuration.
+
+    Raises:
+        CheckpointError: which fields differ.
+    """
+    if lines := differences(found, wanted):
+        told = "".join(f"\n  {line}" for line in lines)
+        raise CheckpointError(f"{path} is of another configuration. Checkpoint against yours:{told}")
+
+
+def save_model(path: Path, model: LM, dtype: torch.dtype = torch.float32) -> None:
+    """Write a model's weights and configuration. The selection bias stays fp32.
+
+    Raises:
+        CheckpointError: see `save`.
+    """
+    tensors = {
+        f"model.{name}": tensor if name.endswith("selection_bias") else tensor.to(dtype)
+        for name, tensor in model.state_dict().items()
+        if not (model.config.tied_embeddings and name == "head.weight")
     }
+    save(path, tensors, model.config)
 
 
-def _require_names(family: str, came: set[str], expected: set[str]) -> None:
-    if came != expected:
-        missing, foreign = (", ".join(sorted(names)) or "none" for names in (expected - came, came - expected))
-        raise ValueError(f"These are not the tensors of one {family} layer: missing {missing}; not expected {foreign}.")
+def load_model(path: Path) -> LM:
+    """The model that a checkpoint holds, in fp32 on the CPU, in evaluation mode.
+
+    Raises:
+        CheckpointError: see `load`; or tensors that are not the configuration's.
+    """
+    tensors, config = load(path)
+    model = LM(config.model if isinstance(config, RunConfig) else config)
+    weights = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path} does not hold the weights of its own configuration: {error}") from None
+    return model.eval()
 
 
-@dataclass(frozen=True)
-class _Move:
-    """Some of our tensors against some of theirs."""
+def load_shipped_model(name: str) -> LM:
+    """A small trained model that comes with the course: a name in `data/models.json`.
 
-    ours: tuple[str, ...]
-    theirs: tuple[str, ...]
-    to_theirs: Callable[..., tuple[Tensor, ...]] = lambda *w: w
-    to_ours: Callable[..., tuple[Tensor, ...]] = lambda *w: w
-
-    def transposed(self) -> Self:
-        """The same, where they keep matrices as (in, out)."""
-        return _Move(
-            self.ours,
-            self.theirs,
-            lambda *w: tuple(t.mT for t in self.to_theirs(*w)),
-            lambda *w: self.to_ours(*(t.mT for t in w)),
-        )
-
-
-def _same(ours: str, theirs: str) -> _Move:
-    return _Move((ours,), (theirs,))
-
-
-def _turns(ours: str, theirs: str) -> _Move:
-    """(E, 2F, D) or (E, 2F): ours holds all gates, then all ups; theirs gate and up by turns."""
-    return _Move(
-        (ours,),
-        (theirs,),
-        lambda w: (torch.stack(w.chunk(2, 1), 2).flatten(1, 2),),
-        lambda w: (torch.cat([w[:, ::2], w[:, 1::2]], 1),),
-    )
-
-
-def _one_by_one(ours: str, theirs: str, n_experts: int) -> _Move:
-    """A tensor for every expert, its number in the name."""
-    names = tuple(theirs.format(expert) for expert in range(n_experts))
-    return _Move((ours,), names, lambda w: w.unbind(), lambda *w: (torch.stack(w),))
-
-
-def _shared(theirs: str) -> list[_Move]:
-    return [_same(f"shared.ffn.w_{name}.weight", f"{theirs}.{name}_proj.weight") for name in ("gate", "up", "down")]
-
-
-def _moves(family: str, n_experts: int) -> list[_Move]:
-    match family:
-        case "mixtral" | "qwen2_moe" | "qwen3_moe" | "olmoe" | "deepseek_v2" | "deepseek_v3":
-            moves = [
-                _same("router.weight", "gate.weight"),
-                _same("experts.w_in", "experts.gate_up_proj"),
-                _same("experts.w_down", "experts.down_proj"),
-            ]
-            if family == "qwen2_moe":
-                moves += [*_shared("shared_expert"), _same("shared.gate.weight", "shared_expert_gate.weight")]
-            if family.startswith("deepseek"):
-                moves += _shared("shared_experts")
-            if family == "deepseek_v3":
-                moves.append(_same("router.selection_bias", "gate.e_score_correction_bias"))
-            return moves
-        case "switch":
-            return [
-                _same("router.weight", "router.classifier.weight"),
-                _one_by_one("experts.w_in", "experts.expert_{}.wi.weight", n_experts),
-                _one_by_one("experts.w_down", "experts.expert_{}.wo.weight", n_experts),
-            ]
-        case "gpt_oss":
-            return [
-                _same("router.weight", "router.weight"),
-                _same("router.bias", "router.bias"),
-                _turns("experts.w_in", "experts.gate_up_proj").transposed(),
-                _turns("experts.b_in", "experts.gate_up_proj_bias"),
-                _same("experts.w_down", "experts.down_proj").transposed(),
-                _same("experts.b_down", "experts.down_proj_bias"),
-            ]
-        case "llama4":
-            return [
-                _same("router.weight", "router.weight"),
-                _same("experts.w_in", "experts.gate_up_proj").transposed(),
-                _same("experts.w_down", "experts.down_proj").transposed(),
-                *_shared("shared_expert"),
-            ]
-    raise ValueError(f"family={family!r}: expected one of {', '.join(FAMILIES)}.")
+    Raises:
+        CheckpointError: an unknown name, or a file that is not byte for byte the one described there.
+    """
+    folder = data_dir()
+    try:
+        described = json.loads((folder / "models.json").read_text(encoding="utf-8"))["models"]
+    except (OSError, ValueError, KeyError):
+        raise CheckpointError(
+            f"{folder / 'models.json'} is missing or damaged: restore it with `git checkout -- data/models.json`."
+        ) from None
+    if name not in described:
+        raise CheckpointError(f"No model {name!r} comes with the course: expected one of {', '.join(described)}.")
+    path = folder / "models" / f"{name}.safetensors"
+    content = path.read_bytes() if path.is_file() else b""
+    if hashlib.sha256(content).hexdigest() != described[name]["sha256"]:
+        what = "was altered" if content else "is missing"
+        raise CheckpointError(f"{path} {what}: restore it with `git checkout -- data/models`.")
+    return load_model(path)

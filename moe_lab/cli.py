@@ -13,6 +13,7 @@ COMMANDS = {
     "doctor": ("moe_lab.course.doctor", "say what works on this machine, and what to do about the rest"),
     "progress": ("moe_lab.course.progress", "show which exercises you have solved"),
     "test": ("moe_lab.course.suite", "run lint, the unit tests and every notebook"),
+    "train": ("moe_lab.runs", "train a language model in a run folder of its own"),
     "bench": ("moe_lab.bench", "measure the dispatch variants side by side"),
     "build": ("moe_lab.course.builder", "make notebooks/ and solutions/ from lessons/"),
 }

@@ -1,7 +1,7 @@
 """The sizes of a model, validated where they are made. No torch: `accounting` counts from these alone."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 FFN_KINDS = ("swiglu", "relu", "gelu")
@@ -11,6 +11,9 @@ GROUP_SCORES = ("max", "top2_sum")
 DROP_RULES = ("position", "score")
 WEIGHED = ("output", "input")
 QK_NORMS = ("none", "head", "all")
+BALANCE_LOSSES = ("switch", "sequence", "global_batch")
+SCHEDULES = ("cosine", "constant")
+PRECISIONS = ("fp32", "bf16")
 
 
 def _require(condition: bool, field: str, value: object, expected: str) -> None:
@@ -18,18 +21,35 @@ def _require(condition: bool, field: str, value: object, expected: str) -> None:
         raise ValueError(f"{field}={value!r}: expected {expected}.")
 
 
-def _require_positive_int(config: object, *fields: str) -> None:
-    for field in fields:
-        value = getattr(config, field)
+def _require_positive_int(config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
         is_int = isinstance(value, int) and not isinstance(value, bool)
-        _require(is_int and value > 0, field, value, "a positive integer")
+        _require(is_int and value > 0, name, value, "a positive integer")
 
 
-def _require_count(config: object, *fields: str) -> None:
-    for field in fields:
-        value = getattr(config, field)
+def _require_count(config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
         is_int = isinstance(value, int) and not isinstance(value, bool)
-        _require(is_int and value >= 0, field, value, "an integer of 0 or more")
+        _require(is_int and value >= 0, name, value, "an integer of 0 or more")
+
+
+def _require_amount(config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(_is_number(value) and value >= 0, name, value, "a number of 0 or more")
+
+
+def _require_positive(config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(_is_number(value) and value > 0, name, value, "a positive number")
+
+
+def _require_bool(config: object, *names: str) -> None:
+    for name in names:
+        _require(isinstance(getattr(config, name), bool), name, getattr(config, name), "True or False")
 
 
 def _require_one_of(config: object, field: str, choices: tuple[str, ...]) -> None:
@@ -81,10 +101,8 @@ class RouterConfig:
         _require(self.top_k <= self.n_experts, "top_k", self.top_k, at_most)
         _require_one_of(self, "score", SCORES)
         _require_one_of(self, "group_score", GROUP_SCORES)
-        for field in ("normalise", "selection_bias", "logit_bias", "noisy_top_k"):
-            _require(isinstance(getattr(self, field), bool), field, getattr(self, field), "True or False")
-        is_factor = _is_number(self.scaling_factor) and self.scaling_factor > 0
-        _require(is_factor, "scaling_factor", self.scaling_factor, "a positive number")
+        _require_bool(self, "normalise", "selection_bias", "logit_bias", "noisy_top_k")
+        _require_positive(self, "scaling_factor")
         is_jitter = _is_number(self.input_jitter) and 0 <= self.input_jitter < 1
         _require(is_jitter, "input_jitter", self.input_jitter, "a number in [0, 1)")
         divides = self.n_experts % self.n_groups == 0
@@ -118,6 +136,8 @@ class MoEConfig(RouterConfig):
         capacity_factor: an expert takes at most its even share of the choices times this, rounded up, and the rest
             are dropped. None drops nothing.
         drop: who is kept when an expert is full: the first by "position", or the best by "score".
+        expert_choice: the experts choose their tokens, not the tokens their experts. Each takes its even share of the
+            choices (times `capacity_factor`); `score` has to be "softmax".
 
     Raises:
         ValueError: a field that cannot be, with its name, its value and what was expected.
@@ -132,6 +152,7 @@ class MoEConfig(RouterConfig):
     weigh: str = "output"
     capacity_factor: float | None = None
     drop: str = "position"
+    expert_choice: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -148,8 +169,7 @@ class MoEConfig(RouterConfig):
         _require(has_kind, "n_shared_experts", self.n_shared_experts, expected)
         _require_one_of(self, "weigh", WEIGHED)
         _require_one_of(self, "drop", DROP_RULES)
-        for field in ("shared_gate", "expert_bias"):
-            _require(isinstance(getattr(self, field), bool), field, getattr(self, field), "True or False")
+        _require_bool(self, "shared_gate", "expert_bias", "expert_choice")
         has_shared = self.n_shared_experts > 0 or not self.shared_gate
         _require(
             has_shared, "shared_gate", self.shared_gate, "shared experts to gate, so n_shared_experts of 1 or more"
@@ -157,6 +177,9 @@ class MoEConfig(RouterConfig):
         factor = self.capacity_factor
         is_factor = factor is None or (_is_number(factor) and factor > 0)
         _require(is_factor, "capacity_factor", factor, "a positive number, or None to drop nothing")
+        plain = self.score == "softmax" and self.n_groups == 1 and not self.selection_bias and self.weigh == "output"
+        expected = "False with sigmoid scores, groups, a selection bias or weighed inputs"
+        _require(plain or not self.expert_choice, "expert_choice", self.expert_choice, expected)
 
     def but(self, **changes: object) -> Self:
         """The same configuration with some fields changed, validated again.
@@ -216,8 +239,8 @@ class LMConfig:
         _require_one_of(self, "qk_norm", QK_NORMS)
         _require_count(self, "conv_width", "n_dense_layers")
         _require_moe_fits(self)
-        _require(self.rope_theta > 0, "rope_theta", self.rope_theta, "a positive number")
-        _require(self.norm_eps > 0, "norm_eps", self.norm_eps, "a positive number")
+        _require_bool(self, "tied_embeddings")
+        _require_positive(self, "rope_theta", "norm_eps")
 
     @property
     def n_moe_layers(self) -> int:
@@ -248,10 +271,52 @@ def _require_moe_fits(config: LMConfig) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BalanceConfig:
+    """What keeps the experts evenly busy. All strengths are 0 by default: no cure.
+
+    Args:
+        loss: which balance loss is added, times `alpha`: "switch" over each micro-batch, "sequence" over each
+            sequence by itself, "global_batch" with the loads of all micro-batches.
+        alpha: its coefficient; the losses of the layers are summed.
+        z_loss: the coefficient of the router's z-loss.
+        bias_rate: gamma, the step of the loss-free selection bias; the router's config needs `selection_bias`.
+        recentre: move the bias by its step minus the mean step, so that its mean stays where it is.
+
+    Raises:
+        ValueError: a field that cannot be, with its name, its value and what was expected.
+    """
+
+    loss: str = "switch"
+    alpha: float = 0.0
+    z_loss: float = 0.0
+    bias_rate: float = 0.0
+    recentre: bool = False
+
+    def __post_init__(self) -> None:
+        _require_one_of(self, "loss", BALANCE_LOSSES)
+        _require_amount(self, "alpha", "z_loss", "bias_rate")
+        _require_bool(self, "recentre")
+
+    def but(self, **changes: object) -> Self:
+        """The same configuration with some fields changed, validated again."""
+        return replace(self, **changes)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How long and how fast to train. The learning rate warms up linearly, then falls along a cosine to zero.
+    """How long and how fast to train.
 
     One step sees `batch_size * context` tokens.
+
+    Args:
+        micro_batches: into how many parts a step's batch is cut; their gradients are added up.
+        schedule: after a linear warm-up the learning rate falls along a "cosine" to zero, or stays "constant".
+        router_rate: the routers' learning rate, as a multiple of everybody else's; 0 leaves them as they were drawn.
+        weight_decay: for matrices and expert weights; norms, biases and the embedding are left alone.
+        clip_norm: the gradient is scaled down to this norm where it is longer.
+        precision: "fp32", or "bf16" for products under autocast with weights kept in fp32.
+        recompute: keep no activations inside the blocks, compute them again in the backward pass.
+        balance: what keeps the experts busy.
 
     Raises:
         ValueError: a field that cannot be, with its name, its value and what was expected.
@@ -259,23 +324,57 @@ class TrainConfig:
 
     steps: int = 500
     batch_size: int = 16
+    micro_batches: int = 1
     context: int = 64
     learning_rate: float = 1e-2
     warmup_steps: int = 20
+    schedule: str = "cosine"
+    router_rate: float = 1.0
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.95)
     clip_norm: float = 1.0
+    precision: str = "fp32"
+    recompute: bool = False
     seed: int = 0
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
 
     def __post_init__(self) -> None:
-        _require_positive_int(self, "steps", "batch_size", "context")
-        is_count = isinstance(self.warmup_steps, int) and self.warmup_steps >= 0
-        _require(is_count, "warmup_steps", self.warmup_steps, "an integer of 0 or more")
-        _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "a positive number")
-        _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "a number of 0 or more")
-        _require(self.clip_norm > 0, "clip_norm", self.clip_norm, "a positive number")
-        in_range = len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas)
+        _require_positive_int(self, "steps", "batch_size", "micro_batches", "context")
+        divides = self.batch_size % self.micro_batches == 0
+        _require(divides, "micro_batches", self.micro_batches, f"a divisor of batch_size={self.batch_size}")
+        _require_count(self, "warmup_steps", "seed")
+        _require_positive(self, "learning_rate", "clip_norm")
+        _require_amount(self, "weight_decay", "router_rate")
+        _require_one_of(self, "schedule", SCHEDULES)
+        _require_one_of(self, "precision", PRECISIONS)
+        _require_bool(self, "recompute")
+        object.__setattr__(self, "betas", tuple(self.betas))
+        in_range = len(self.betas) == 2 and all(_is_number(b) and 0 <= b < 1 for b in self.betas)
         _require(in_range, "betas", self.betas, "two numbers in [0, 1)")
+        _require(isinstance(self.balance, BalanceConfig), "balance", self.balance, "a BalanceConfig")
+
+    def but(self, **changes: object) -> Self:
+        """The same configuration with some fields changed, validated again."""
+        return replace(self, **changes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A training run: the model, its training, and how often it is evaluated and saved, in steps.
+
+    Raises:
+        ValueError: a field that cannot be, with its name, its value and what was expected.
+    """
+
+    model: LMConfig
+    training: TrainConfig = field(default_factory=TrainConfig)
+    evaluate_every: int = 100
+    save_every: int = 100
+
+    def __post_init__(self) -> None:
+        _require(isinstance(self.model, LMConfig), "model", self.model, "an LMConfig")
+        _require(isinstance(self.training, TrainConfig), "training", self.training, "a TrainConfig")
+        _require_positive_int(self, "evaluate_every", "save_every")
 
     def but(self, **changes: object) -> Self:
         """The same configuration with some fields changed, validated again."""

@@ -151,6 +151,18 @@ def validation_windows(text: Tensor, *, context: int, limit: int | None = None) 
     return inputs.long(), targets.long()
 
 
+def validation_batch(split: Mapping[str, Tensor], *, context: int, limit: int) -> Batch:
+    """At most `limit` validation windows of every domain, in one batch, domain after domain.
+
+    Raises:
+        ValueError: see `validation_windows`.
+    """
+    windows = [validation_windows(text, context=context, limit=limit) for text in split.values()]
+    inputs, targets = (torch.cat(part) for part in zip(*windows, strict=True))
+    domains = torch.arange(len(windows)).repeat_interleave(torch.tensor([len(part[0]) for part in windows]))
+    return Batch(inputs, targets, domains)
+
+
 def _check_positive(**sizes: int) -> None:
     for name, value in sizes.items():
         if not isinstance(value, int) or value < 1:

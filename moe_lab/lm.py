@@ -6,13 +6,14 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from moe_lab.attention import Attention
 from moe_lab.config import LMConfig
 from moe_lab.experts import Experts
 from moe_lab.ffn import make_ffn
-from moe_lab.moe import MoE
-from moe_lab.records import Routing
+from moe_lab.moe import ExpertChoiceMoE, MoE
+from moe_lab.records import ExpertChoice, Routing
 from moe_lab.routing import Router
 
 # Attention starts quiet, so that a small model first learns which byte follows which, and only then looks back.
@@ -47,9 +48,10 @@ class Block(nn.Module):
         self.attention_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.attention = Attention(config)
         self.ffn_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
-        self.ffn = MoE(config.moe) if is_moe else make_ffn(config)
+        make_experts = ExpertChoiceMoE if is_moe and config.moe.expert_choice else MoE
+        self.ffn = make_experts(config.moe) if is_moe else make_ffn(config)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Routing | None]:
+    def forward(self, x: Tensor) -> tuple[Tensor, Routing | ExpertChoice | None]:
         """(B, S, D) to (B, S, D), and how the tokens were routed if the FFN is a layer of experts."""
         x = x + self.attention(self.attention_norm(x))
         y, routing = self.ffn(self.ffn_norm(x)) if isinstance(self.ffn, MoE) else (self.ffn(self.ffn_norm(x)), None)
@@ -89,11 +91,23 @@ class LM(nn.Module):
         for block in self.blocks:
             block.attention.w_o.weight.mul_(ATTENTION_OUTPUT_SCALE)
 
-    def forward(self, tokens: Tensor) -> tuple[Tensor, tuple[Routing, ...]]:
-        """(B, S) byte ids to logits (B, S, V), and a `Routing` of B·S tokens per MoE layer (none if dense)."""
+    @property
+    def moe_layers(self) -> tuple[MoE, ...]:
+        """The layers of experts, from the bottom up."""
+        return tuple(block.ffn for block in self.blocks if isinstance(block.ffn, MoE))
+
+    def forward(
+        self, tokens: Tensor, *, recompute: bool = False
+    ) -> tuple[Tensor, tuple[Routing, ...] | tuple[ExpertChoice, ...]]:
+        """(B, S) byte ids to logits (B, S, V), and what each MoE layer decided for the B·S tokens (nothing if dense).
+
+        Args:
+            recompute: keep only what goes from block to block; the backward pass computes the rest again, with the
+                same numbers. What the layers decided is returned once, so that no loss counts it twice.
+        """
         x, routings = self.conv(self.embedding(tokens)), []
         for block in self.blocks:
-            x, routing = block(x)
+            x, routing = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
             if routing is not None:
                 routings.append(routing)
         return self.head(self.norm(x)), tuple(routings)

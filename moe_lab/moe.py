@@ -9,8 +9,8 @@ from moe_lab.config import MoEConfig
 from moe_lab.dispatch import combine, expert_capacity, make_plan, permute, weights_of_rows
 from moe_lab.experts import Experts
 from moe_lab.ffn import MLP, SwiGLU
-from moe_lab.records import DispatchPlan, Routing
-from moe_lab.routing import Router
+from moe_lab.records import DispatchPlan, ExpertChoice, Routing
+from moe_lab.routing import Router, expert_choice
 
 
 class SharedExperts(nn.Module):
@@ -85,6 +85,31 @@ class MoE(nn.Module):
         has_autocast = torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
         if x.dtype != weight.dtype and not (has_autocast and x.is_floating_point()):
             raise ValueError(f"x is {x.dtype}, the layer {weight.dtype}: convert one of them with .to(...).")
+
+
+class ExpertChoiceMoE(MoE):
+    """Experts that choose their tokens: each the C that score it highest, C being its even share of the choices.
+
+    All experts are equally busy by construction. But whether a token is taken depends on all other tokens in `x`, those
+    after it included: a language model trained like this has seen the future, and does not have it when it generates.
+
+    Source: Zhou et al. 2022, "Mixture-of-Experts with Expert Choice Routing", section 3.2.
+    """
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ExpertChoice]:
+        """(..., D) to (..., D), and who chose whom; see `MoE.forward`."""
+        self._require_input(x)
+        config, tokens = self.config, x.reshape(-1, x.shape[-1])  # (T, D)
+        capacity = expert_capacity(len(tokens), config.top_k, config.n_experts, config.capacity_factor or 1.0)
+        choice = expert_choice(self.router.checked_logits(tokens), min(capacity, len(tokens)))
+        chosen = choice.tokens.flatten()  # (R,), expert by expert
+        ends = torch.arange(1, config.n_experts + 1, dtype=torch.int32, device=x.device) * choice.tokens.shape[1]
+        rows = self.experts(tokens.index_select(0, chosen), ends)  # (R, D)
+        weighted = rows * choice.weights.flatten()[:, None].to(rows.dtype)
+        y = weighted.new_zeros(tokens.shape).index_add(0, chosen, weighted)  # (T, D)
+        if self.shared is not None:
+            y = y + self.shared(tokens)
+        return y.view_as(x), choice
 
 
 # Both take `expert(e, x)`, what expert e computes of x, as `layer.experts.one` does.

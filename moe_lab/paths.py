@@ -48,6 +48,11 @@ def solutions_dir() -> Path:
     return course_root() / "solutions"
 
 
+def results_dir() -> Path:
+    """The folder of recorded measurements and experiments."""
+    return course_root() / "benchmarks" / "results"
+
+
 def progress_file() -> Path:
     """The learner's own record of exercises tried and passed."""
     return course_root() / "progress" / "progress.jsonl"

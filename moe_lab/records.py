@@ -62,6 +62,22 @@ class ExpertChoice:
     weights: Tensor
     tokens: Tensor
 
+    @property
+    def n_experts(self) -> int:
+        """E, the number of routed experts."""
+        return self.router_scores.shape[-1]
+
+    @property
+    def tokens_per_expert(self) -> Tensor:
+        """(E,) how many tokens each expert chose: C, for all of them."""
+        n_experts, capacity = self.tokens.shape
+        return torch.full((n_experts,), capacity, device=self.tokens.device)
+
+    @property
+    def mask(self) -> Tensor:
+        """(T, E) whether the expert chose the token."""
+        return torch.zeros_like(self.router_scores, dtype=torch.bool).T.scatter(1, self.tokens, True).T
+
     def __repr__(self) -> str:
         return _shapes(self, "router_scores", "tokens")
 

@@ -95,18 +95,22 @@ def route(router_logits: Tensor, config: RouterConfig, selection_bias: Tensor | 
     return Routing(router_logits=router_logits, router_scores=scores, topk_weights=weights, topk_experts=experts)
 
 
+class NotFiniteError(ValueError):
+    """A router met logits that are NaN or infinite."""
+
+
 def require_finite(router_logits: Tensor) -> None:
     """Refuse logits that are NaN or infinite. On a GPU this waits for the device.
 
     Raises:
-        ValueError: how many, and where the first is.
+        NotFiniteError: how many, and where the first is.
     """
     if router_logits.sum().isfinite():  # one pass; what it misses is nothing, what it suspects is looked at
         return
     bad = ~router_logits.isfinite()
     if bad.any():
         token, expert = bad.nonzero()[0].tolist()
-        raise ValueError(
+        raise NotFiniteError(
             f"router_logits: {int(bad.sum())} of {bad.numel()} are NaN or infinite, in {int(bad.any(-1).sum())} of "
             f"{len(bad)} tokens; the first is {router_logits[token, expert].item()} at token {token}, expert {expert}. "
             "Look for what made them: the router's input and its weights."
@@ -165,8 +169,13 @@ class Router(nn.Module):
         """(T, D) to a `Routing` of T tokens.
 
         Raises:
-            ValueError: tokens of another shape; NaN or infinite logits (on a CPU, or with `check_finite`).
+            ValueError: tokens of another shape.
+            NotFiniteError: NaN or infinite logits (on a CPU, or with `check_finite`).
         """
+        return route(self.checked_logits(tokens), self.config, self.selection_bias)
+
+    def checked_logits(self, tokens: Tensor) -> Tensor:
+        """What `forward` makes its choice of: `logits`, in fp32 under autocast too, with what it raises."""
         if tokens.ndim != 2 or tokens.shape[1] != self.config.d_model:
             expected = f"(T, D) with D = d_model={self.config.d_model}"
             raise ValueError(f"tokens have shape {tuple(tokens.shape)}: expected {expected}.")
@@ -176,7 +185,7 @@ class Router(nn.Module):
             logits = self.logits(tokens)
             if self.check_finite or device == "cpu":
                 require_finite(logits)
-            return route(logits, self.config, self.selection_bias)
+            return logits
 
 
 def expert_choice(router_logits: Tensor, capacity: int) -> ExpertChoice:

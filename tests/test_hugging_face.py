@@ -1,6 +1,6 @@
 """One `MoE` and its configuration against the blocks of nine families in transformers: outputs and every gradient.
 
-Tiny random weights are copied in through `moe_lab.checkpoints`. `record_property` keeps the largest difference that
+Tiny random weights are copied in through `moe_lab.hugging_face`. `record_property` keeps the largest difference that
 was seen of each comparison in the report (`pytest --junitxml FILE -o junit_family=xunit1`).
 """
 
@@ -23,8 +23,8 @@ from transformers.models.switch_transformers.modeling_switch_transformers import
     SwitchTransformersSparseMLP,
 )
 
-from moe_lab.checkpoints import FAMILIES, from_hugging_face, to_hugging_face
 from moe_lab.config import MoEConfig
+from moe_lab.hugging_face import FAMILIES, from_hugging_face, to_hugging_face
 from moe_lab.moe import MoE
 from moe_lab.ops import GROUPED_MM
 from moe_lab.presets import MOE_FAMILIES

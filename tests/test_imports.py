@@ -12,10 +12,23 @@ PACKAGE = Path(__file__).parent.parent / "moe_lab"
 
 # Each module may import those before it; `course`, `viz` and `cli` may import everything.
 ORDER = [
-    *("paths", "config", "accounting", "presets", "records", "ops", "ffn", "routing", "dispatch", "experts", "moe"),
-    *("attention", "data", "lm", "train", "checkpoints"),
+    *(
+        "paths",
+        "config",
+        "plain",
+        "accounting",
+        "presets",
+        "records",
+        "ops",
+        "ffn",
+        "routing",
+        "dispatch",
+        "experts",
+        "moe",
+    ),
+    *("attention", "data", "lm", "balance", "train", "checkpoints", "hugging_face"),
 ]
-ON_TOP = ("viz", "bench", "course", "cli", "__main__")
+ON_TOP = ("viz", "bench", "runs", "experiments", "course", "cli", "__main__")
 
 
 def imported_modules(path: Path) -> set[str]:
