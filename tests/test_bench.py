@@ -8,20 +8,24 @@ import torch
 from torch.testing import assert_close
 
 from moe_lab import bench
+from moe_lab.accounting import count_parameters
 from moe_lab.bench import (
     SHAPES,
     SWEEP,
     Shape,
     Timing,
-    base_of,
     compare,
     layer_and_input,
+    layers,
     parts,
-    table,
+    timing,
+    training,
     variants,
-    verdicts,
 )
+from moe_lab.bench.layers import base_of, spread, table, transformers_block, verdicts
 from moe_lab.cli import main
+from moe_lab.paths import course_root
+from moe_lab.runs import read_config
 from moe_lab.viz import draw_bench
 
 TINY = Shape(n_tokens=12, d_model=8, d_ff=4, n_experts=4, top_k=2)
@@ -46,8 +50,8 @@ def test_the_loads_are_what_they_are_called(shape):
 @pytest.mark.parametrize("skewed", [False, True])
 def test_every_variant_computes_the_same(skewed, monkeypatch):
     made = {}
-    original = bench.layer_and_input
-    monkeypatch.setattr(bench, "layer_and_input", lambda *a: made.setdefault("both", original(*a)))
+    original = layers.layer_and_input
+    monkeypatch.setattr(layers, "layer_and_input", lambda *a: made.setdefault("both", original(*a)))
     candidates = variants(TINY, skewed, peers=False)
     layer, x = made["both"]
     results = {}
@@ -63,7 +67,7 @@ def test_every_variant_computes_the_same(skewed, monkeypatch):
 def test_transformers_block_computes_the_same():
     layer, x = layer_and_input(TINY)
     for implementation in ("eager", "grouped_mm"):
-        assert_close(bench._transformers_block(TINY, layer, implementation)(x[None])[0], layer(x)[0])
+        assert_close(transformers_block(TINY, layer, implementation)(x[None])[0], layer(x)[0])
 
 
 def test_the_parts_run_and_leave_gradients():
@@ -79,7 +83,7 @@ def test_bytes_moved_by_hand():
 def test_candidates_take_turns():
     calls = []
     timings = compare({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=3)
-    assert calls == ["a", "b"] * (bench.WARM_UP_ROUNDS + 3)
+    assert calls == ["a", "b"] * (timing.WARM_UP_ROUNDS + 3)
     assert all(timing.low <= timing.median <= timing.high for timing in timings.values())
     with pytest.raises(ValueError, match=r"rounds=1: expected 2 or more"):
         compare({}, rounds=1)
@@ -112,7 +116,7 @@ def test_table_and_verdicts_by_hand():
     assert said[1] == "T 2048 D 64 F 64 E 256 k 2, balanced: auto is 0.50 × the fastest of transformers."
     ratio = SWEEP[-1].bytes_moved / SWEEP[0].bytes_moved
     assert said[2].startswith(f"E 8 → 256, balanced: 2.00 × the time for {ratio:.2f} × the bytes")
-    assert math.isclose(bench.spread(RESULTS), 0.3)
+    assert math.isclose(spread(RESULTS), 0.3)
     assert base_of({"loop": 3.0, "auto": 1.0}) == 3.0
 
 
@@ -125,18 +129,59 @@ def test_the_command_runs_and_the_quick_one_keeps_nothing(monkeypatch, capsys, t
     monkeypatch.setattr(bench, "SHAPES", (TINY,))
     monkeypatch.setattr(bench, "SWEEP", (TINY,))
     monkeypatch.setattr(bench, "copy_rate", lambda: 1e9)
+    monkeypatch.setattr(bench, "results_dir", lambda: tmp_path)
     monkeypatch.setattr(bench, "course_root", lambda: tmp_path)
+    monkeypatch.setattr(training, "SIZES", ("moe_notebook",))
+    monkeypatch.setattr(training, "peak_bytes", lambda size, name: 1)
     threads = torch.get_num_threads()
     try:
         assert main(["bench", "--quick", "--rounds", "2"]) == 0
-        assert "auto is" in capsys.readouterr().out
+        told = capsys.readouterr().out
+        assert "auto is" in told
+        assert "as fast as with transformers' block" in told
         assert not list(tmp_path.iterdir())
         assert main(["bench", "--rounds", "2"]) == 0
     finally:
         torch.set_num_threads(threads)
-    kept = json.loads((tmp_path / "benchmarks" / "results" / "cpu.json").read_text())
-    assert {"date", "machine", "threads", "records"} <= kept.keys()
-    assert (tmp_path / "benchmarks" / "results" / "cpu.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("cpu", "training"):
+        kept = json.loads((tmp_path / f"{name}.json").read_text())
+        assert {"date", "machine", "threads", "records"} <= kept.keys()
+        assert (tmp_path / f"{name}.md").read_text().startswith("# ")
+    assert (tmp_path / "cpu.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_models_that_are_trained_side_by_side_are_the_same_model():
+    ours, theirs = (training.trainer("moe_notebook", name) for name in (training.OURS, training.THEIRS))
+    first = [(ours.step().loss, theirs.step().loss) for _ in range(3)]
+    assert_close(*map(torch.tensor, zip(*first, strict=True)), rtol=1e-4, atol=1e-4)
+    dense = training.trainer("moe_notebook", "dense, equal active").model.config
+    assert dense.d_ff == ours.model.config.moe.top_k * ours.model.config.moe.d_ff
+
+
+def test_more_weights_take_more_memory():
+    small, large = (training.peak_bytes("moe_2m", f"dense, equal {size}") for size in ("active", "total"))
+    if small is None:
+        pytest.skip("this system does not tell a process how much memory it took")
+    config = read_config(course_root() / "configs" / "moe_2m.yaml").model
+    counts = [
+        count_parameters(training.models(config)[f"dense, equal {size}"]().config).total for size in ("active", "total")
+    ]
+    assert large - small > 3 * 4 * (counts[1] - counts[0])  # weights and AdamW's two moments, at the least
+
+
+def test_training_table_and_verdicts_by_hand():
+    seconds = {"dense, equal active": 1.0, training.OURS: 2.0, training.THEIRS: 3.0}
+    records = [
+        {
+            "size": "small",
+            "seconds": {name: vars(Timing(s, s, s)) for name, s in seconds.items()},
+            "peak_bytes": {"dense, equal active": 100, training.OURS: 150, training.THEIRS: 300},
+        }
+    ]
+    assert training.table(records).splitlines()[3] == "| small | MoE | 0.50 | 1.50 |"
+    assert training.verdicts(records) == [
+        "small: a step is 1.50 × as fast as with transformers' block, in 0.50 × the memory."
+    ]
 
 
 def test_what_ruins_a_measurement_is_refused(monkeypatch, capsys):

@@ -1,36 +1,21 @@
-"""Measures the dispatch variants side by side: forward and backward, one thread, interleaved, told as medians.
+"""The dispatch variants side by side: forward and backward of one layer of experts, by every way there is."""
 
-`moe-lab bench` writes a table, a figure and the numbers, stamped with machine and versions. Notebook 04 measures with
-the same functions. transformers' block is measured beside ours where transformers is installed.
-"""
-
-import argparse
-import datetime
-import importlib.metadata
-import importlib.util
-import json
 import math
-import os
-import platform
-import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from moe_lab.bench.timing import compare
 from moe_lab.config import MoEConfig
 from moe_lab.dispatch import combine, make_plan, permute
 from moe_lab.hugging_face import to_hugging_face
 from moe_lab.moe import MoE, moe_loop, moe_reference
 from moe_lab.ops import GROUPED_MM
-from moe_lab.paths import CourseError, course_root
 
 PEERS = ("transformers eager", "transformers grouped_mm")
 GUMBEL_STD = math.pi / math.sqrt(6)
-WARM_UP_ROUNDS = 2
 
 
 @dataclass(frozen=True)
@@ -117,12 +102,12 @@ def variants(shape: Shape, skewed: bool = False, peers: bool = False) -> dict[st
     }
     if peers:
         for name in PEERS:
-            block = _transformers_block(shape, layer, name.removeprefix("transformers "))
+            block = transformers_block(shape, layer, name.removeprefix("transformers "))
             found[name] = step(lambda x, block=block: block(x[None])[0], block)
     return found
 
 
-def _transformers_block(shape: Shape, layer: MoE, implementation: str) -> torch.nn.Module:
+def transformers_block(shape: Shape, layer: MoE, implementation: str) -> torch.nn.Module:
     from transformers.models.mixtral.modeling_mixtral import MixtralConfig, MixtralSparseMoeBlock
 
     config = MixtralConfig(
@@ -163,39 +148,6 @@ def parts(shape: Shape, skewed: bool = False) -> dict[str, Callable[[], None]]:
     return {"router": router, "dispatch": dispatch, "experts": experts}
 
 
-@dataclass(frozen=True)
-class Timing:
-    """Seconds of one call: the median over the rounds, and the quartiles on both sides of it."""
-
-    median: float
-    low: float
-    high: float
-
-
-def compare(candidates: Mapping[str, Callable[[], None]], rounds: int = 15) -> dict[str, Timing]:
-    """Times the candidates in turns, so that whatever else the machine does meets them all alike.
-
-    Raises:
-        ValueError: fewer than two rounds.
-    """
-    if rounds < 2:
-        raise ValueError(f"rounds={rounds}: expected 2 or more, for a spread.")
-    seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    for turn in range(WARM_UP_ROUNDS + rounds):
-        for name, run in candidates.items():
-            start = time.perf_counter()
-            run()
-            if turn >= WARM_UP_ROUNDS:
-                seconds[name].append(time.perf_counter() - start)
-    timings = {}
-    for name, measured in seconds.items():
-        low, median, high = statistics.quantiles(measured, n=4, method="inclusive")
-        timings[name] = Timing(median, low, high)
-    return timings
-
-
-# --- moe-lab bench ------------------------------------------------------------------------------------------------
-
 MOST_EXPERTS_FOR_ALL = 64  # above, computing every expert on every token takes seconds a round and says nothing new
 
 
@@ -213,28 +165,6 @@ def measure(shape: Shape, skewed: bool, rounds: int, peers: bool) -> dict:
         "seconds": {name: asdict(timing) for name, timing in compare(candidates, rounds).items()},
         "parts": {name: asdict(timing) for name, timing in compare(parts(shape, skewed), rounds).items()},
     }
-
-
-def copy_rate(n_bytes: int = 2**28, rounds: int = 5) -> float:
-    """Bytes per second that this machine reads and writes when it copies a large tensor."""
-    source = torch.zeros(n_bytes // 4)
-    target = torch.empty_like(source)
-    return 2 * n_bytes / compare({"copy": lambda: target.copy_(source)}, rounds)["copy"].median
-
-
-def machine() -> dict[str, str]:
-    """What the numbers were measured on."""
-    cpu = platform.processor()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [
-            line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
-        cpu = names[0] if names else cpu
-    found = {"cpu": cpu, "system": platform.system(), "python": platform.python_version(), "torch": torch.__version__}
-    if importlib.util.find_spec("transformers"):
-        found["transformers"] = importlib.metadata.version("transformers")
-    return found
 
 
 def table(results: Mapping) -> str:
@@ -294,59 +224,3 @@ def verdicts(results: Mapping) -> list[str]:
 
 def _n_experts(record: Mapping) -> int:
     return record["shape"]["n_experts"]
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `moe-lab bench`."""
-    parser.add_argument("--rounds", type=int, default=15, help="timed rounds of every measurement (default 15)")
-    parser.add_argument(
-        "--quick", action="store_true", help="the first shape only, to see that it works; nothing is kept"
-    )
-
-
-def main(args: argparse.Namespace) -> int:
-    """Measures everything and writes `benchmarks/results/cpu.json`, `.md` and `.png`."""
-    if args.rounds < 2:
-        raise CourseError(f"--rounds {args.rounds}: expected 2 or more, for a spread.")
-    if os.environ.get("OMP_WAIT_POLICY"):
-        raise CourseError("OMP_WAIT_POLICY is set, which ruins the timing of small operations: unset it and run again.")
-    torch.set_num_threads(1)
-    peers = importlib.util.find_spec("transformers") is not None
-    if not peers:
-        print("transformers is not installed: its block is not measured. `pip install -e '.[test]'` brings it.")
-    shapes: Sequence[Shape] = SHAPES[:1] if args.quick else (*SHAPES, *(s for s in SWEEP if s not in SHAPES))
-    records = []
-    for shape in shapes:
-        for skewed in (False, True):
-            print(f"{shape}, {LOADS[skewed]} …", flush=True)
-            records.append(measure(shape, skewed, args.rounds, peers))
-    results = {
-        "date": datetime.date.today().isoformat(),
-        "machine": machine(),
-        "threads": 1,
-        "rounds": args.rounds,
-        "copy_bytes_per_second": copy_rate(),
-        "records": records,
-    }
-    base = "the faster of transformers' two" if peers else "the loop"
-    print(f"\nTimes faster than {base}, forward and backward, one thread:\n\n{table(results)}\n")
-    print("\n".join(verdicts(results)))
-    print(f"Widest interquartile range: {spread(results):.0%} of the median.")
-    if not args.quick:
-        _keep(results)
-    return 0
-
-
-def _keep(results: Mapping) -> None:
-    from moe_lab.viz import draw_bench
-
-    folder = course_root() / "benchmarks" / "results"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "cpu.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    heading = f"# Dispatch variants on a CPU\n\n{results['date']}, " + ", ".join(
-        f"{name} {value}" for name, value in results["machine"].items()
-    )
-    text = f"{heading}, one thread.\n\n{table(results)}\n\n" + "\n".join(f"- {line}" for line in verdicts(results))
-    (folder / "cpu.md").write_text(text + "\n", encoding="utf-8")
-    (folder / "cpu.png").write_bytes(draw_bench(results).png)
-    print(f"Kept in {folder.relative_to(course_root())}: cpu.json, cpu.md, cpu.png.")

@@ -1,0 +1,107 @@
+"""Measures side by side: forward and backward, one thread, interleaved, told as medians.
+
+`moe-lab bench` writes tables, figures and the numbers, stamped with machine and versions: of the dispatch variants
+(`layers`), and of whole training steps (`training`). Notebook 04 measures with the same functions. transformers' block
+is measured beside ours where transformers is installed.
+"""
+
+import argparse
+import datetime
+import importlib.util
+import json
+import os
+from collections.abc import Mapping
+
+import torch
+
+from moe_lab.bench import layers, training
+from moe_lab.bench.layers import LOADS, SHAPES, SWEEP, Shape, layer_and_input, parts, variants
+from moe_lab.bench.timing import Timing, compare, copy_rate, machine
+from moe_lab.paths import CourseError, course_root, results_dir
+
+__all__ = [
+    "SHAPES",
+    "SWEEP",
+    "Shape",
+    "Timing",
+    "compare",
+    "layer_and_input",
+    "machine",
+    "parts",
+    "variants",
+]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `moe-lab bench`."""
+    parser.add_argument("--rounds", type=int, default=15, help="timed rounds of every measurement (default 15)")
+    parser.add_argument("--only", choices=("layers", "training"), help="measure one of the two alone")
+    parser.add_argument(
+        "--quick", action="store_true", help="the first shape and size only, to see that it works; nothing is kept"
+    )
+
+
+def main(args: argparse.Namespace) -> int:
+    """Measures and writes `cpu.json`, `.md` and `.png`, and `training.json` and `.md`, in `benchmarks/results/`."""
+    if args.rounds < 2:
+        raise CourseError(f"--rounds {args.rounds}: expected 2 or more, for a spread.")
+    if os.environ.get("OMP_WAIT_POLICY"):
+        raise CourseError("OMP_WAIT_POLICY is set, which ruins the timing of small operations: unset it and run again.")
+    torch.set_num_threads(1)
+    peers = importlib.util.find_spec("transformers") is not None
+    if not peers:
+        print("transformers is not installed: its block is not measured. `pip install -e '.[test]'` brings it.")
+    if args.only != "training":
+        _bench_layers(args, peers)
+    if args.only != "layers":
+        _bench_training(args)
+    return 0
+
+
+def _stamp(args: argparse.Namespace) -> dict:
+    return {"date": datetime.date.today().isoformat(), "machine": machine(), "threads": 1, "rounds": args.rounds}
+
+
+def _bench_layers(args: argparse.Namespace, peers: bool) -> None:
+    shapes = SHAPES[:1] if args.quick else (*SHAPES, *(s for s in SWEEP if s not in SHAPES))
+    records = []
+    for shape in shapes:
+        for skewed in (False, True):
+            print(f"{shape}, {LOADS[skewed]} …", flush=True)
+            records.append(layers.measure(shape, skewed, args.rounds, peers))
+    results = {**_stamp(args), "copy_bytes_per_second": copy_rate(), "records": records}
+    base = "the faster of transformers' two" if peers else "the loop"
+    print(f"\nTimes faster than {base}, forward and backward, one thread:\n\n{layers.table(results)}\n")
+    print("\n".join(layers.verdicts(results)))
+    print(f"Widest interquartile range: {layers.spread(results):.0%} of the median.\n")
+    if not args.quick:
+        from moe_lab.viz import draw_bench
+
+        picture = {"png": draw_bench(results).png}
+        _keep("cpu", "Dispatch variants on a CPU", results, layers.table(results), layers.verdicts(results), **picture)
+
+
+def _bench_training(args: argparse.Namespace) -> None:
+    records = []
+    for size in training.SIZES[:1] if args.quick else training.SIZES:
+        print(f"training steps, {size} …", flush=True)
+        records.append(training.measure(size, args.rounds))
+    print("\nTokens a second and peak memory, as multiples of the dense model's of equal active size, one thread:\n")
+    print(training.table(records), "", *training.verdicts(records), sep="\n")
+    if not args.quick:
+        heading = "Training steps on a CPU, as multiples of the dense model's of equal active size"
+        results = {**_stamp(args), "records": records}
+        _keep("training", heading, results, training.table(records), training.verdicts(records))
+
+
+def _keep(name: str, title: str, results: Mapping, table: str, verdicts: list[str], **more: bytes) -> None:
+    folder = results_dir()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    heading = f"# {title}\n\n{results['date']}, " + ", ".join(f"{k} {v}" for k, v in results["machine"].items())
+    text = f"{heading}, one thread.\n\n{table}\n\n" + "\n".join(f"- {line}" for line in verdicts)
+    (folder / f"{name}.md").write_text(text + "\n", encoding="utf-8")
+    for suffix, content in more.items():
+        (folder / f"{name}.{suffix}").write_bytes(content)
+    kept = ", ".join(f"{name}.{suffix}" for suffix in ("json", "md", *more))
+    print(f"Kept in {folder.relative_to(course_root())}: {kept}.")
