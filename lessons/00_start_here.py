@@ -67,8 +67,36 @@ print(
 )
 
 # %% [markdown]
-# *A picture of real text, each letter coloured by the expert that a small trained model sends it to, will stand here
-# once the course ships that model.*
+# What do experts do with a text? By notebook 05 **you will have built and trained** a model like this one. It reads
+# bytes, and in each of its two layers every byte goes to two of eight experts. Here are the four kinds of text that it
+# learned from. **Predict:** will sums and prose share their experts?
+
+# %%
+from moe_lab.checkpoints import load_shipped_model
+
+samples = {
+    "prose": "is the cleverest of her family",
+    "python": "if hi is None:\n    hi = len(a)",
+    "arithmetic": "32+37=69\n31-22=9\n71+24=95\n",
+    "languages": "Каждый человек",
+}
+viz.draw_text(
+    samples,
+    load_shipped_model("tiny_moe"),
+    title="A text in the colours of its experts",
+    alt="Four short texts, each in two rows, for layer 1 and layer 2. Every letter stands in "
+    "the colour and with the number of its first expert. In layer 2 most digits share one "
+    "expert, and most bytes of the Russian words another. Bars show that all eight experts "
+    "are used, none more than twice as much as if they were used evenly.",
+)
+
+# %% [markdown]
+# In layer 2 hardly: most digits go to one expert, most bytes of Russian letters (two each) to another. Nobody told the
+# router. Type a sentence of your own. Then choose the *collapsed* model, whose training went wrong: nearly every byte
+# goes to the same one or two experts. Why, and what helps, is notebook 05.
+
+# %%
+viz.TextExplorer()
 
 # %% [markdown]
 # ## 3 How an exercise works
@@ -143,8 +171,8 @@ viz.draw_map(NOTEBOOKS)
 # | [02 router](02_router.ipynb) | how can a network choose, and still be trained? | 01 |
 # | [03 top-k MoE](03_topk_moe.ipynb) | what does a layer of experts compute, and what does it cost? | 02 |
 # | [04 dispatch](04_dispatch.ipynb) | how do tokens reach their experts and come back? | 03 |
-# | 05 load balancing | why does routing collapse, and what does each cure cost? | 04 |
-# | 06 shared experts | why cut experts finer, and keep some always on? | 05 |
+# | [05 load balancing](05_load_balancing.ipynb) | why does routing collapse, and what does each cure cost? | 04 |
+# | [06 shared experts](06_shared_experts.ipynb) | why cut experts finer, and keep some always on? | 05 |
 # | 07 expert parallelism | what travels when experts live on different ranks? | 04 |
 # | 08 Triton grouped GEMM | how does a GPU run ragged matrix products at full speed? | 04 |
 # | 09 the arithmetic of MoE | which popular claims about MoE are true? | 03 |

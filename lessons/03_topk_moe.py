@@ -777,8 +777,9 @@ for name, model in {"dense": DENSE_BASELINE, "MoE": MOE_BASELINE}.items():
     print(f"{name:<8}{total:>9,}{active:>9,}{count_flops(model, 64).total:>22,}")
 
 # %% [markdown]
-# More than twice the parameters; a token pays one per cent more, for the router. **Watch it route**: type a sentence and
-# press Enter; change the layer, and `top_k`. A cell's shade is the router's score, the number in a frame the weight.
+# More than twice the parameters; a token pays one per cent more, for the router. **Watch it route** after 1,500 steps of
+# training: type a sentence and press Enter; change the layer, and `top_k`. A cell's shade is the router's score, the
+# number in a frame the weight.
 
 # %%
 from moe_lab.viz.tracing import TraceExplorer
@@ -786,10 +787,11 @@ from moe_lab.viz.tracing import TraceExplorer
 TraceExplorer()
 
 # %% [markdown]
-# Equal letters need not go the same way: convolution and attention have mixed in what came before. With `top_k` = 8 every
-# expert works for every token.
+# Equal letters need not go the same way: convolution and attention have mixed in what came before. Try a sum, or
+# another script: in layer 2 most digits share an expert, as do most bytes beyond ASCII. With `top_k` = 8 every expert
+# works for every token.
 #
-# ### Does it train? (*optional*)
+# ### Train one yourself (*optional*)
 #
 # An untrained model should know nothing, which is 8 bits per byte:
 

@@ -838,4 +838,4 @@ viz.growth(
 show_progress("04")
 
 # %% [markdown]
-# **Next:** 05 · Load balancing: why does routing collapse, and what does each cure cost?
+# **Next:** [05 · Load balancing](05_load_balancing.ipynb): why does routing collapse, and what does each cure cost?

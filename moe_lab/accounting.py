@@ -4,9 +4,10 @@ One multiplication with its addition is two FLOPs. Norms, softmax, RoPE, activat
 are left out, as is usual: together they are well under one per cent of a model of any size.
 """
 
+import math
 from dataclasses import dataclass, fields
 
-from moe_lab.config import LMConfig, MoEConfig
+from moe_lab.config import LMConfig, MoEConfig, RouterConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +98,47 @@ def moe_parameters(moe: MoEConfig, *, active: bool = False) -> int:
     """Parameters of one layer of experts, or with `active` those that one token uses: `top_k` of the routed experts."""
     n_experts = moe.top_k if active else moe.n_experts
     return router_parameters(moe) + n_experts * expert_parameters(moe) + shared_expert_parameters(moe)
+
+
+def combinations(router: RouterConfig) -> int:
+    """In how many ways a token can choose its experts: E choose K, fewer where it is limited to groups.
+
+    Source: Dai et al. 2024 (DeepSeekMoE), section 3.1. Shared experts are no choice and do not count. In G groups of
+    E / G experts, of which M are kept, a choice may touch j = 1 … M groups: `G choose j` of them, times the choices
+    from these j that leave none of them out, by inclusion and exclusion.
+    """
+    n_groups, size, k = router.n_groups, router.n_experts // router.n_groups, router.top_k
+    return sum(
+        math.comb(n_groups, touched)
+        * sum((-1) ** out * math.comb(touched, out) * math.comb((touched - out) * size, k) for out in range(touched))
+        for touched in range(1, router.groups_kept + 1)
+    )
+
+
+def cut_finer(moe: MoEConfig, m: int, n_shared: int = 0) -> dict[str, int]:
+    """What changes if every expert is cut into `m`, and `n_shared` of the small ones are shared, for `moe.but(…)`.
+
+    Total and active parameters stay as they are, but for the router, which has a row for every expert it can choose.
+
+    Source: Dai et al. 2024 (DeepSeekMoE), sections 3.1 and 3.2.
+
+    Raises:
+        ValueError: experts that cannot be cut into `m` equal ones, more shared experts than a token has left to
+            choose, or a layer that has shared experts already.
+    """
+    if moe.n_shared_experts:
+        raise ValueError(f"n_shared_experts={moe.n_shared_experts}: expected 0, a layer of routed experts alone.")
+    if m < 1 or moe.d_ff % m:
+        raise ValueError(f"m={m}: expected a divisor of d_ff={moe.d_ff}.")
+    if not 0 <= n_shared < m * moe.top_k:
+        expected = f"0 to {m * moe.top_k - 1}, so that one of the m * top_k={m * moe.top_k} is left to be chosen"
+        raise ValueError(f"n_shared={n_shared}: expected {expected}.")
+    return {
+        "d_ff": moe.d_ff // m,
+        "n_experts": m * moe.n_experts - n_shared,
+        "top_k": m * moe.top_k - n_shared,
+        "n_shared_experts": n_shared,
+    }
 
 
 def _qk_norm_parameters(config: LMConfig) -> int:

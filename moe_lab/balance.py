@@ -7,9 +7,11 @@ The letters, here and in every notebook, for a layer of E experts, k of them cho
 - P_i: the mean over tokens of p_i, a token's scores divided by their sum (a softmax's already are).
 - α multiplies the loss, γ is the step of the bias; neither appears here but where a function asks for it.
 
-A `mask` (T,) is True for the tokens that count, and False for padding.
+A `mask` (T,) is True for the tokens that count, and False for padding. That something is left to count is checked on a
+CPU; on a GPU the check would wait for the device, and the result is NaN.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -30,10 +32,10 @@ def shares(routing: Routing, mask: Tensor | None = None) -> tuple[Tensor, Tensor
     Raises:
         ValueError: a mask of another shape or dtype, or one that lets no token count.
     """
-    choices, probabilities = _choices(routing, mask), _probabilities(routing)
-    if mask is None:
-        return choices / choices.sum(), probabilities.mean(0)
-    return choices / choices.sum(), probabilities[mask].mean(0)
+    counted = _require_mask(routing, mask).float()[:, None]  # (T, 1)
+    choices = counted.expand_as(routing.topk_experts).flatten()
+    n = choices.new_zeros(routing.n_experts).scatter_add_(0, routing.topk_experts.flatten(), choices)
+    return n / n.sum(), (counted * _probabilities(routing)).sum(0) / counted.sum()
 
 
 def switch_loss(routing: Routing, mask: Tensor | None = None, tokens_per_expert: Tensor | None = None) -> Tensor:
@@ -61,7 +63,8 @@ def sequence_loss(routing: Routing, n_sequences: int, mask: Tensor | None = None
     The tokens of `n_sequences` sequences of equal length lie one sequence after the other, as in a (B, S) batch. A
     sequence of padding alone does not count.
 
-    Source: DeepSeek-V3 (2024), equations 17 to 20.
+    Source: DeepSeek-V3 (2024), equations 17 to 20. There f counts the k best scores without the selection bias; here
+    it counts the choices that were made, bias and groups included. Without a bias the two are the same.
 
     Raises:
         ValueError: tokens that cannot be cut into so many sequences; see `shares` for the mask.
@@ -87,23 +90,13 @@ def z_loss(routing: Routing, mask: Tensor | None = None) -> Tensor:
     Raises:
         ValueError: see `shares`.
     """
-    squares = routing.router_logits.float().logsumexp(-1).square()
-    return squares.mean() if mask is None else squares[_require_mask(routing, mask)].mean()
+    counted = _require_mask(routing, mask).float()
+    return (counted * routing.router_logits.float().logsumexp(-1).square()).sum() / counted.sum()
 
 
 def _probabilities(routing: Routing) -> Tensor:
     scores = routing.router_scores
     return scores / (scores.sum(-1, keepdim=True) + 1e-20)  # sigmoids can all be 0
-
-
-def _choices(routing: Routing, mask: Tensor | None) -> Tensor:
-    """(E,) float: the choices that count."""
-    if mask is None:
-        return routing.tokens_per_expert.float()
-    counted = _require_mask(routing, mask)
-    ones = counted[:, None].expand_as(routing.topk_experts).float()
-    zeros = torch.zeros(routing.n_experts, device=ones.device)
-    return zeros.scatter_add_(0, routing.topk_experts.flatten(), ones.flatten())
 
 
 def _require_mask(routing: Routing, mask: Tensor | None) -> Tensor:
@@ -115,7 +108,7 @@ def _require_mask(routing: Routing, mask: Tensor | None) -> Tensor:
     if mask.shape != (n_tokens,) or mask.dtype != torch.bool:
         got = f"{tuple(mask.shape)} of {mask.dtype}"
         raise ValueError(f"mask has shape {got}: expected ({n_tokens},) of torch.bool, True for tokens that count.")
-    if not mask.any():
+    if mask.device.type == "cpu" and not mask.any():
         raise ValueError(f"mask is False for all {n_tokens} tokens: expected at least one token that is not padding.")
     return mask
 
@@ -128,7 +121,7 @@ def _require_loads(tokens_per_expert: Tensor, n_experts: int) -> Tensor:
 
 
 def _require_some(tokens_per_expert: Tensor) -> None:
-    if tokens_per_expert.sum() <= 0:
+    if tokens_per_expert.device.type == "cpu" and tokens_per_expert.sum() <= 0:
         raise ValueError("tokens_per_expert is all zero: expected the counts of at least one token.")
 
 
@@ -202,7 +195,7 @@ def churn(before: Tensor, after: Tensor) -> float:
     Raises:
         ValueError: choices of different shapes, or of no tokens.
     """
-    if before.shape != after.shape or len(before) == 0:
+    if before.shape != after.shape or before.ndim != 2 or len(before) == 0:
         raise ValueError(
             f"choices have shapes {tuple(before.shape)} and {tuple(after.shape)}: expected one (T, K) twice, T > 0."
         )
@@ -234,7 +227,7 @@ def domain_information(topk_experts: Tensor, domains: Tensor, tokens: Tensor) ->
     joint = torch.bincount(cells, minlength=sizes[0] * sizes[1] * sizes[2]).double().view(sizes) / len(cells)
     # I(D; E | B) = H(B, D) + H(B, E) - H(B, D, E) - H(B)
     terms = (joint.sum(2), joint.sum(1), joint, joint.sum((1, 2)))
-    bits = [torch.special.entr(term).sum() / torch.tensor(2.0).log() for term in terms]
+    bits = [torch.special.entr(term).sum() / math.log(2) for term in terms]
     return max(0.0, (bits[0] + bits[1] - bits[2] - bits[3]).item())
 
 
@@ -287,7 +280,7 @@ CONVENTIONS: Mapping[str, Convention] = MappingProxyType(
         "GShard, DeepSpeed": Convention(
             lambda routings, _: sum(map(_of_first_choices, routings)),
             "f counts first choices only",
-            "Lepikhin et al. 2020, algorithm 1; DeepSpeed, deepspeed/moe/sharded_moe.py, top2gating",
+            "Lepikhin et al. 2020, algorithm 1, times E²; DeepSpeed, deepspeed/moe/sharded_moe.py, top2gating",
         ),
         "MegaBlocks": Convention(
             lambda routings, _: sum(map(switch_loss, routings)) / len(routings),

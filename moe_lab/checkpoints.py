@@ -21,7 +21,7 @@ from moe_lab.lm import LM
 from moe_lab.paths import CourseError, data_dir
 from moe_lab.plain import differences, from_plain, to_plain
 
-FORMAT = "moe-lab checkpoint 1"
+HEADER, FORMAT = "moe_lab", "moe-lab checkpoint 1"
 
 
 class CheckpointError(CourseError):
@@ -34,12 +34,16 @@ def save(path: Path, tensors: Mapping[str, Tensor], config: LMConfig | RunConfig
     Raises:
         CheckpointError: the file cannot be written; what stood there before is intact.
     """
-    header = {"format": FORMAT, "kind": type(config).__name__, "config": json.dumps(to_plain(config))}
+    described = {"format": FORMAT, "kind": type(config).__name__, "config": to_plain(config)}
+    header = {HEADER: json.dumps(described)}  # one field: safetensors writes several in random order
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        partial.touch()
+        mode = partial.stat().st_mode  # as every new file here; safetensors would let nobody else read it
         save_file({name: tensor.contiguous() for name, tensor in _once(tensors).items()}, partial, metadata=header)
+        partial.chmod(mode)
         with open(partial, "rb+") as written:
             os.fsync(written.fileno())
         os.replace(partial, path)
@@ -72,15 +76,15 @@ def load(path: Path) -> tuple[dict[str, Tensor], LMConfig | RunConfig]:
     path = Path(path)
     try:
         with safe_open(path, framework="pt") as opened:
-            header = opened.metadata() or {}
+            header = json.loads((opened.metadata() or {}).get(HEADER, "{}"))
             if header.get("format") != FORMAT:
                 raise CheckpointError(f"{path} is no checkpoint of this course: its header does not say {FORMAT!r}.")
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (it is no mapping)
         kind = RunConfig if header["kind"] == "RunConfig" else LMConfig
-        config = from_plain(kind, json.loads(header["config"]))
+        config = from_plain(kind, header["config"])
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist.") from None
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+    except (OSError, SafetensorError, KeyError, ValueError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}): it is damaged, or no safetensors file.") from None
     model = config.model if isinstance(config, RunConfig) else config
     if model.tied_embeddings and "model.embedding.weight" in tensors:
@@ -120,7 +124,8 @@ def load_model(path: Path) -> LM:
         CheckpointError: see `load`; or tensors that are not the configuration's.
     """
     tensors, config = load(path)
-    model = LM(config.model if isinstance(config, RunConfig) else config)
+    with torch.random.fork_rng(devices=[]):  # the weights that it is born with are not kept, and shall not be felt
+        model = LM(config.model if isinstance(config, RunConfig) else config)
     weights = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
     try:
         model.load_state_dict(weights)
@@ -138,7 +143,7 @@ def load_shipped_model(name: str) -> LM:
     folder = data_dir()
     try:
         described = json.loads((folder / "models.json").read_text(encoding="utf-8"))["models"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         raise CheckpointError(
             f"{folder / 'models.json'} is missing or damaged: restore it with `git checkout -- data/models.json`."
         ) from None

@@ -137,7 +137,7 @@ class MoEConfig(RouterConfig):
             are dropped. None drops nothing.
         drop: who is kept when an expert is full: the first by "position", or the best by "score".
         expert_choice: the experts choose their tokens, not the tokens their experts. Each takes its even share of the
-            choices (times `capacity_factor`); `score` has to be "softmax".
+            choices (times `capacity_factor`), and a weight is its token's softmax score: `normalise` has no meaning.
 
     Raises:
         ValueError: a field that cannot be, with its name, its value and what was expected.
@@ -177,8 +177,9 @@ class MoEConfig(RouterConfig):
         factor = self.capacity_factor
         is_factor = factor is None or (_is_number(factor) and factor > 0)
         _require(is_factor, "capacity_factor", factor, "a positive number, or None to drop nothing")
-        plain = self.score == "softmax" and self.n_groups == 1 and not self.selection_bias and self.weigh == "output"
-        expected = "False with sigmoid scores, groups, a selection bias or weighed inputs"
+        plain = self.score == "softmax" and self.n_groups == 1 and not self.selection_bias
+        plain = plain and self.weigh == "output" and self.scaling_factor == 1
+        expected = "False with sigmoid scores, groups, a selection bias, a scaling factor or weighed inputs"
         _require(plain or not self.expert_choice, "expert_choice", self.expert_choice, expected)
 
     def but(self, **changes: object) -> Self:
@@ -348,8 +349,10 @@ class TrainConfig:
         _require_one_of(self, "schedule", SCHEDULES)
         _require_one_of(self, "precision", PRECISIONS)
         _require_bool(self, "recompute")
-        object.__setattr__(self, "betas", tuple(self.betas))
-        in_range = len(self.betas) == 2 and all(_is_number(b) and 0 <= b < 1 for b in self.betas)
+        if isinstance(self.betas, list):  # as YAML and JSON write a pair
+            object.__setattr__(self, "betas", tuple(self.betas))
+        is_pair = isinstance(self.betas, tuple) and len(self.betas) == 2
+        in_range = is_pair and all(_is_number(b) and 0 <= b < 1 for b in self.betas)
         _require(in_range, "betas", self.betas, "two numbers in [0, 1)")
         _require(isinstance(self.balance, BalanceConfig), "balance", self.balance, "a BalanceConfig")
 

@@ -27,7 +27,7 @@ from moe_lab.balance import (
     shuffle_within,
 )
 from moe_lab.bench import machine
-from moe_lab.config import LMConfig, TrainConfig
+from moe_lab.config import BalanceConfig, LMConfig, MoEConfig, RunConfig, TrainConfig
 from moe_lab.data import Batch, Corpus, load_corpus, validation_batch
 from moe_lab.dispatch import expert_capacity
 from moe_lab.lm import LM
@@ -58,8 +58,14 @@ class Variant:
 Variants = Callable[[LMConfig, TrainConfig], Sequence[Variant]]
 
 
-def run_once(variant: Variant, corpus: Corpus, seed: int, device: str = "cpu") -> dict:
-    """Train one variant with one seed and measure it; a record of plain numbers.
+def run_once(
+    variant: Variant,
+    corpus: Corpus,
+    seed: int,
+    device: str = "cpu",
+    on_step: Callable[[Step], None] = lambda step: None,
+) -> dict:
+    """Train one variant with one seed and measure it; a record of plain numbers. `on_step` sees every step.
 
     Loads on the way are of the training text, summed over the steps up to each point; at the end they are of
     validation text, and so is what routing tells about the domain.
@@ -74,7 +80,8 @@ def run_once(variant: Variant, corpus: Corpus, seed: int, device: str = "cpu") -
     counts: list[tuple[Tensor, ...]] = []
     before: list[Tensor] = []
 
-    def on_step(step: Step) -> None:
+    def note(step: Step) -> None:
+        on_step(step)
         losses.append(step.bits_per_byte)
         counts.append(step.tokens_per_expert)
         if (step.index + 1) % every and step.index + 1 < training.steps:
@@ -90,7 +97,7 @@ def run_once(variant: Variant, corpus: Corpus, seed: int, device: str = "cpu") -
         losses.clear()
         counts.clear()
 
-    train(model, corpus.train, training, on_step)
+    train(model, corpus.train, training, note)
     bits = evaluate(model, corpus.val, context=training.context)
     return {
         "variant": variant.name,
@@ -158,7 +165,10 @@ class Results:
 
     def configs(self, variant: str, seed: int = 0) -> tuple[LMConfig, TrainConfig]:
         """The model and the training of one recorded run, to do it again."""
-        run = next(run for run in self.of(variant) if run["seed"] == seed)
+        by_seed = {run["seed"]: run for run in self.of(variant)}
+        if seed not in by_seed:
+            raise ValueError(f"seed={seed}: expected one of {', '.join(map(str, by_seed))}.")
+        run = by_seed[seed]
         return from_plain(LMConfig, run["model"]), from_plain(TrainConfig, run["training"])
 
     def values(self, variant: str, measure: str, layer: int | None = None) -> list[float]:
@@ -191,33 +201,56 @@ def load_results(name: str) -> Results:
         raise CourseError(f"{path} is damaged ({error}): restore it with git, or run its script again.") from None
 
 
+def describe(name: str, base: str = "") -> str:
+    """Where an experiment's numbers come from, in two sentences; or that there are none yet, and what would make them.
+
+    Args:
+        base: the larger model that it was run with, a name in `configs/`; by default the notebooks' small one.
+    """
+    command = f"python benchmarks/experiments/{name}.py"
+    if base:
+        name, command = f"{name}-{base}", f"{command} --base configs/{base}.yaml --device cuda"
+    if not results_file(name).exists():
+        return f"Nothing is recorded here yet. On a machine with a GPU: {command}"
+    results = load_results(name)
+    seeds = len({run["seed"] for run in results.runs})
+    on = ", ".join(f"{key} {value}" for key, value in results.stamp.items() if key != "date")
+    return f"{len(results.variants)} variants, {seeds} seeds, recorded {results.stamp['date']} ({on}). Again: {command}"
+
+
 def run_experiment(name: str, question: str, variants: Sequence[Variant], n_seeds: int, device: str = "cpu") -> Results:
     """Do the runs that are not recorded yet, each kept as soon as it is done.
 
     A recorded run is done again if its model or its training is another one now. Runs of variants that are no longer
-    asked for are dropped.
+    asked for are dropped. The stamp is that of the last run that was done; a run done under another has its own.
     """
     path = results_file(name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    known = {(run["variant"], run["seed"]): run for run in load_results(name).runs} if path.exists() else {}
+    recorded = load_results(name) if path.exists() else Results(question, {}, ())
+    known = {(run["variant"], run["seed"]): {"stamp": recorded.stamp, **run} for run in recorded.runs}
     corpus = load_corpus()
-    stamp = {"date": datetime.date.today().isoformat(), **machine(), "device": device}
-    runs = []
-    wanted = [(variant, seed) for seed in range(n_seeds) for variant in variants]
-    for variant, seed in wanted:
-        run = known.get((variant.name, seed))
-        asked = (to_plain(variant.model), to_plain(variant.training.but(seed=seed)))
-        if run is None or (run["model"], run["training"]) != asked:
-            run = run_once(variant, corpus, seed, device)
-            print(f"{variant.name}, seed {seed}: {run['mean']:.3f} bits per byte", flush=True)
-        known[variant.name, seed] = run
-        runs = [known[v.name, s] for s in range(n_seeds) for v in variants if (v.name, s) in known]
-        _keep(path, question, stamp, runs)
-    return Results(question, stamp, runs)
+    stamp = recorded.stamp
+    for seed in range(n_seeds):
+        for variant in variants:
+            run = known.get((variant.name, seed))
+            if run is None or not _is_of(run, variant, seed):
+                stamp = {"date": datetime.date.today().isoformat(), **machine(), "device": device}
+                run = {**run_once(variant, corpus, seed, device), "stamp": stamp}
+                print(f"{variant.name}, seed {seed}: {run['mean']:.3f} bits per byte", flush=True)
+            known[variant.name, seed] = run
+            runs = [known[v.name, s] for s in range(n_seeds) for v in variants if (v.name, s) in known]
+            _keep(path, question, stamp, runs)
+    return load_results(name)
+
+
+def _is_of(run: Mapping, variant: Variant, seed: int) -> bool:
+    asked = (to_plain(variant.model), to_plain(variant.training.but(seed=seed)), variant.follow_churn)
+    return (run["model"], run["training"], any("churn" in point for point in run["curve"])) == asked
 
 
 def _keep(path: Path, question: str, stamp: Mapping, runs: Sequence[Mapping]) -> None:
-    lines = ",\n".join(json.dumps(_rounded(run), separators=(",", ":")) for run in runs)
+    own = [{key: value for key, value in run.items() if key != "stamp" or value != stamp} for run in runs]
+    lines = ",\n".join(json.dumps(_rounded(run), separators=(",", ":")) for run in own)
     head = json.dumps({"question": question, "stamp": stamp}, indent=1)[:-2]
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(f'{head},\n "runs": [\n{lines}\n]}}\n', encoding="utf-8")
@@ -233,6 +266,21 @@ def _rounded(value: object) -> object:
     return [_rounded(item) for item in value] if isinstance(value, list) else value
 
 
+def without_cures(base: RunConfig) -> tuple[LMConfig, TrainConfig]:
+    """A larger model and its training to start from: its sizes and steps, with a plain router and nothing for balance.
+
+    What keeps its experts busy would else be in the runs that are to show what happens without a cure.
+
+    Raises:
+        CourseError: a base without experts.
+    """
+    moe = base.model.moe
+    if moe is None:
+        raise CourseError("--base is a dense model: expected one with experts, which the variants are made of.")
+    plain = MoEConfig(d_model=moe.d_model, d_ff=moe.d_ff, n_experts=moe.n_experts, top_k=moe.top_k, expert=moe.expert)
+    return base.model.but(moe=plain), base.training.but(balance=BalanceConfig(), router_rate=1.0)
+
+
 def main(script: str, question: str, variants: Variants, n_seeds: int) -> None:
     """What an experiment's script does when it is run: all its runs, on the small models or on others."""
     from moe_lab.runs import read_config
@@ -246,8 +294,8 @@ def main(script: str, question: str, variants: Variants, n_seeds: int) -> None:
     args = parser.parse_args()
     model, training, name = MOE_BASELINE, BASELINE_TRAINING, Path(script).stem
     if args.base:
-        base = read_config(args.base)
-        model, training, name = base.model, base.training, f"{name}-{args.base.stem}"
+        model, training = without_cures(read_config(args.base))
+        name = f"{name}-{args.base.stem}"
     if args.device == "cpu":
         torch.set_num_threads(1)
     run_experiment(name, question, variants(model, training), args.seeds, args.device)

@@ -5,22 +5,25 @@ an evaluation), `curves.png`, and `checkpoints/`, of which the last two are kept
 """
 
 import argparse
+import contextlib
 import json
+import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 import yaml
 from filelock import FileLock, Timeout
+from torch import Tensor
 
 from moe_lab.checkpoints import load, require_same, save
 from moe_lab.config import RunConfig
-from moe_lab.data import load_corpus
+from moe_lab.data import Corpus, load_corpus, validation_batch
 from moe_lab.lm import LM
 from moe_lab.paths import CourseError
 from moe_lab.plain import from_plain, to_plain
-from moe_lab.train import Diverged, Step, Trainer, evaluate, mean_bits
+from moe_lab.train import Diverged, Step, Trainer, evaluate, first_not_finite, mean_bits
 
 CHECKPOINTS_KEPT = 2
 
@@ -66,22 +69,45 @@ def run(
         CheckpointError: a checkpoint of another configuration, or one that cannot be read or written.
     """
     folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"{folder} is a file: a run needs a folder of its own, choose another with --out.")
     if folder.exists() and any(folder.iterdir()) and not resume:
         raise RunError(f"{folder} exists: go on with its run by --resume, or choose another folder with --out.")
     if resume and not checkpoints(folder):
         raise RunError(f"{folder} holds no checkpoint to resume from. Start without --resume, in a new folder.")
-    folder.mkdir(parents=True, exist_ok=True)
+    corpus = load_corpus()
+    torch.manual_seed(config.training.seed)
     try:
+        _require_possible(config, corpus)
+        trainer = Trainer(LM(config.model).to(device), corpus.train, config.training)
+    except ValueError as error:
+        raise RunError(f"This run cannot be started: {error}") from None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock", timeout=0):
-            return _run(config, folder, resume, device, on_step)
+            return _run(trainer, config, corpus.val, folder, resume, on_step)
     except Timeout:
         raise RunError(f"Another process is training in {folder}: wait for it, or choose another folder.") from None
 
 
-def _run(config: RunConfig, folder: Path, resume: bool, device: str, on_step: Callable) -> dict[str, float]:
-    corpus = load_corpus()
-    torch.manual_seed(config.training.seed)
-    trainer = Trainer(LM(config.model).to(device), corpus.train, config.training)
+def _require_possible(config: RunConfig, corpus: Corpus) -> None:
+    shortest = min(len(text) for split in (corpus.train, corpus.val) for text in split.values())
+    if config.training.context >= shortest:
+        raise ValueError(
+            f"context={config.training.context}: expected less than the shortest text, {shortest:,} bytes."
+        )
+    if config.model.vocab_size < 256:
+        raise ValueError(f"vocab_size={config.model.vocab_size}: expected 256 or more, for the corpus is bytes.")
+
+
+def _run(
+    trainer: Trainer,
+    config: RunConfig,
+    held_out: Mapping[str, Tensor],
+    folder: Path,
+    resume: bool,
+    on_step: Callable[[Step], None],
+) -> dict[str, float]:
     if resume:
         latest = checkpoints(folder)[-1]
         state, found = load(latest)
@@ -95,25 +121,39 @@ def _run(config: RunConfig, folder: Path, resume: bool, device: str, on_step: Ca
             while trainer.index < config.training.steps:
                 step = trainer.step()
                 _write(metrics, _record(step))
-                on_step(step)
                 is_last = trainer.index == config.training.steps
                 if is_last or trainer.index % config.evaluate_every == 0:
-                    bits = evaluate(trainer.model, corpus.val, context=config.training.context)
+                    bits = _evaluate(trainer, held_out)
                     _write(metrics, {"evaluated_after": trainer.index, "bits_per_byte": bits, "mean": mean_bits(bits)})
                 if is_last or trainer.index % config.save_every == 0:
-                    _save(trainer, config, folder)
+                    _save(trainer, config, folder, held_out)
+                on_step(step)  # last: who stops the run here leaves out nothing that was due
         except Diverged as error:
             raise RunError(f"{error} {_last_good(folder)}") from None
         except StopRun:
-            _save(trainer, config, folder)
+            _save(trainer, config, folder, held_out)
             raise
         finally:
-            metrics.flush()
-            draw(folder)
+            with contextlib.suppress(OSError):  # a full disk, say: what happened before is what has to be told
+                draw(folder)
     return bits or last_evaluation(folder)
 
 
-def _save(trainer: Trainer, config: RunConfig, folder: Path) -> None:
+def _evaluate(trainer: Trainer, held_out: Mapping[str, Tensor]) -> dict[str, float]:
+    _require_sound(trainer, held_out)
+    return evaluate(trainer.model, held_out, context=trainer.config.context)
+
+
+def _require_sound(trainer: Trainer, held_out: Mapping[str, Tensor]) -> None:
+    """A last step may have ruined the weights, which the next one would find: not after they are called good."""
+    inputs = validation_batch(held_out, context=trainer.config.context, limit=1).inputs
+    where = first_not_finite(trainer.model, inputs.to(trainer.device))
+    if where is not None:
+        raise Diverged(trainer.index - 1, where, "Held-out text gives numbers that are none", trainer.config)
+
+
+def _save(trainer: Trainer, config: RunConfig, folder: Path, held_out: Mapping[str, Tensor]) -> None:
+    _require_sound(trainer, held_out)
     save(folder / "checkpoints" / f"step-{trainer.index:07d}.safetensors", trainer.state(), config)
     for old in checkpoints(folder)[:-CHECKPOINTS_KEPT]:
         old.unlink()
@@ -164,7 +204,9 @@ def last_evaluation(folder: Path) -> dict[str, float]:
 def _forget_after(path: Path, index: int) -> None:
     """Drop what was written after the checkpoint: those steps are done again."""
     kept = [r for r in read_metrics(path.parent) if r.get("step", -1) < index and r.get("evaluated_after", 0) <= index]
-    path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+    os.replace(partial, path)
 
 
 def draw(folder: Path) -> None:
@@ -203,19 +245,26 @@ def main(args: argparse.Namespace) -> int:
     stopping = []
     for signum in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C, and what a cluster sends before it ends a job
         signal.signal(signum, lambda signum, _frame: stopping.append(signum))
-    with tqdm(total=config.training.steps, unit="step", dynamic_ncols=True) as bar:
+    bars = []
 
-        def show(step: Step) -> None:
-            bar.update(step.index + 1 - bar.n)
-            bar.set_postfix(bpb=f"{step.bits_per_byte:.3f}", MaxVio=f"{max(step.max_violations, default=0):.2f}")
-            if stopping:
-                raise StopRun
+    def show(step: Step) -> None:
+        if not bars:  # not before it is known that there is something to do
+            bars.append(tqdm(initial=step.index, total=config.training.steps, unit="step", dynamic_ncols=True))
+        busiest = f", MaxVio {max(step.max_violations):.2f}" if step.max_violations else ""
+        bars[0].set_postfix_str(f"{step.bits_per_byte:.3f} bits per byte{busiest}", refresh=False)
+        bars[0].update()
+        if stopping and step.index + 1 < config.training.steps:
+            raise StopRun
 
-        try:
-            bits = run(config, folder, resume=args.resume, device=device, on_step=show)
-        except StopRun:
-            print(f"\nStopped. Everything so far is in {folder}; go on with --resume.")
-            return 130
+    try:
+        bits = run(config, folder, resume=args.resume, device=device, on_step=show)
+    except StopRun:
+        bars[0].close()
+        print(f"Stopped. Everything so far is in {folder}; go on with --resume.")
+        return 130
+    finally:
+        for bar in bars:
+            bar.close()
     for domain, value in bits.items():
         print(f"{domain:>12}  {value:.3f} bits per byte")
     print(f"{'mean':>12}  {mean_bits(bits):.3f} bits per byte, in {folder}")

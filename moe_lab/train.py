@@ -148,9 +148,11 @@ class Trainer:
             raise self._diverged("The router met numbers that are none", parts) from None
         if not math.isfinite(loss + penalty) or loss > self.too_much:
             raise self._diverged(f"The loss is {loss:.3g} nats per byte (and {penalty:.3g} for balance)", parts)
-        norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm).item()
-        if not math.isfinite(norm):
+        total = nn.utils.get_total_norm([weight.grad for weight in model.parameters() if weight.grad is not None])
+        norm = total.item()
+        if not math.isfinite(norm):  # not yet clipped: that would make all of them NaN
             raise self._diverged(f"The gradient's norm is {norm}", parts)
+        nn.utils.clip_grads_with_norm_(model.parameters(), config.clip_norm, total)
         self.optimizer.step()
         if config.balance.bias_rate:
             for moe, load in zip(model.moe_layers, counts, strict=True):
@@ -219,6 +221,7 @@ class Trainer:
         """Go on from `state()` of another trainer of the same model and training."""
         self.model.load_state_dict(_below("model.", state))
         moments = _below("optimizer.", state)
+        self.optimizer.state.clear()  # of a state from before the first step, none come back
         for name, parameter in self.model.named_parameters():
             if own := _below(f"{name}.", moments):
                 self.optimizer.state[parameter] = {k: value.to(self.device, copy=True) for k, value in own.items()}
@@ -237,9 +240,10 @@ def _parameter_groups(model: LM, config: TrainConfig) -> list[dict]:
     """Routers at their own rate; weight decay for matrices only, the embedding's rows being no matrix but a table."""
     routers = {parameter for moe in model.moe_layers for parameter in moe.router.parameters()}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         rate = config.router_rate if parameter in routers else 1.0
-        decayed = parameter.ndim >= 2 and parameter is not model.embedding.weight
+        is_bias = name.rpartition(".")[2].startswith("b_")  # the experts' are stacked, and have two dimensions
+        decayed = parameter.ndim >= 2 and not is_bias and parameter is not model.embedding.weight
         groups.setdefault((rate, config.weight_decay if decayed else 0.0), []).append(parameter)
     return [{"params": parameters, "rate": rate, "weight_decay": decay} for (rate, decay), parameters in groups.items()]
 
@@ -247,7 +251,7 @@ def _parameter_groups(model: LM, config: TrainConfig) -> list[dict]:
 def _require_curable(model: LM, balance: BalanceConfig) -> None:
     asks = balance.alpha > 0 or balance.z_loss > 0 or balance.bias_rate > 0
     moe = model.config.moe
-    if asks and moe is None:
+    if asks and not model.moe_layers:
         raise ValueError("balance asks for a cure, but the model has no experts: expected moe in its configuration.")
     if asks and moe.expert_choice:
         raise ValueError("balance asks for a cure, but with expert_choice=True every expert is equally busy anyway.")
@@ -278,11 +282,14 @@ def first_not_finite(model: LM, inputs: Tensor) -> str | None:
         return hook
 
     hooks = [module.register_forward_hook(look(name)) for name, module in model.named_modules() if name]
+    was_training = model.training
+    model.eval()  # draws no random numbers
     try:
         model(inputs)
     except NotFiniteError:
         found.append("a router's input")
     finally:
+        model.train(was_training)
         for hook in hooks:
             hook.remove()
     return found[0] if found else None

@@ -1,10 +1,14 @@
+import itertools
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from moe_lab.accounting import (
+    combinations,
     count_flops,
     count_parameters,
+    cut_finer,
     expert_parameters,
     ffn_parameters,
     ffn_width,
@@ -12,7 +16,7 @@ from moe_lab.accounting import (
     router_parameters,
     shared_expert_parameters,
 )
-from moe_lab.config import LMConfig, MoEConfig
+from moe_lab.config import LMConfig, MoEConfig, RouterConfig
 from moe_lab.lm import LM
 from moe_lab.moe import MoE
 from moe_lab.presets import DENSE_BASELINE, LLAMA_3_70B, LLAMA_7B, MOE_BASELINE, REAL_MOE_MODELS
@@ -241,3 +245,45 @@ def test_no_tokens_is_refused(tokens):
 def test_a_width_that_cannot_be_is_refused():
     with pytest.raises(ValueError, match="multiple_of=0"):
         ffn_width(8, 0)
+
+
+def test_combinations_are_those_that_papers_count():
+    def of(n_experts, top_k, **more):
+        return combinations(MoEConfig(d_model=1, d_ff=1, n_experts=n_experts, top_k=top_k, **more))
+
+    assert (of(16, 2), of(64, 8)) == (120, 4_426_165_368)  # Dai et al. 2024 (DeepSeekMoE), section 3.1
+    # Muennighoff et al. 2024 (OLMoE), section 4.1.3: sharing an expert takes almost 90 % of the combinations
+    assert (of(32, 4), of(31, 3, n_shared_experts=1)) == (35_960, 4_495)
+    assert of(512, 10) == 512 * 511 * 510 * 509 * 508 * 507 * 506 * 505 * 504 * 503 // 3_628_800  # beyond a float
+
+
+@pytest.mark.parametrize(("n_experts", "n_groups", "groups_kept", "top_k"), [(6, 3, 2, 2), (8, 4, 2, 3), (9, 3, 1, 3)])
+def test_combinations_in_groups_are_those_one_can_list(n_experts, n_groups, groups_kept, top_k):
+    router = RouterConfig(d_model=1, n_experts=n_experts, top_k=top_k, n_groups=n_groups, groups_kept=groups_kept)
+    size = n_experts // n_groups
+    chosen = itertools.combinations(range(n_experts), top_k)
+    assert combinations(router) == sum(len({e // size for e in choice}) <= groups_kept for choice in chosen)
+    assert combinations(router.but(groups_kept=n_groups)) == combinations(router.but(n_groups=1, groups_kept=1))
+
+
+@pytest.mark.parametrize(("m", "n_shared"), [(1, 0), (1, 1), (2, 0), (3, 1), (6, 5)])
+@pytest.mark.parametrize("more", [{}, {"expert": "relu", "score": "sigmoid"}], ids=["swiglu", "relu"])
+def test_cutting_keeps_total_and_active_parameters(m, n_shared, more):
+    whole = MoEConfig(d_model=7, d_ff=12, n_experts=5, top_k=2, **more)
+    cut = whole.but(**cut_finer(whole, m, n_shared))
+    assert cut.d_ff * m == whole.d_ff
+    for active in (False, True):
+        without_router = [moe_parameters(moe, active=active) - router_parameters(moe) for moe in (whole, cut)]
+        assert without_router[0] == without_router[1]
+    assert router_parameters(cut) == (5 * m - n_shared) * 7
+
+
+def test_what_cannot_be_cut_is_refused():
+    whole = MoEConfig(d_model=7, d_ff=12, n_experts=5, top_k=2)
+    for m in (0, 5):
+        with pytest.raises(ValueError, match=f"m={m}: expected a divisor of d_ff=12"):
+            cut_finer(whole, m)
+    with pytest.raises(ValueError, match="n_shared=4: expected 0 to 3"):
+        cut_finer(whole, 2, 4)
+    with pytest.raises(ValueError, match="n_shared_experts=1: expected 0"):
+        cut_finer(whole.but(n_shared_experts=1), 2)

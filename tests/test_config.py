@@ -1,6 +1,6 @@
 import pytest
 
-from moe_lab.config import LMConfig, MoEConfig, RouterConfig, TrainConfig
+from moe_lab.config import BalanceConfig, LMConfig, MoEConfig, RouterConfig, RunConfig, TrainConfig
 
 SMALL = {"d_model": 8, "n_layers": 1, "n_heads": 2, "d_ff": 16}
 ROUTER = {"d_model": 8, "n_experts": 6, "top_k": 2}
@@ -59,6 +59,24 @@ MOE_RULES = [
     ({"capacity_factor": INF}, r"capacity_factor=inf: expected a positive number"),
     ({"capacity_factor": NAN}, r"capacity_factor=nan: expected a positive number"),
     ({"capacity_factor": True}, r"capacity_factor=True: expected a positive number"),
+    ({"expert_choice": "yes"}, r"expert_choice='yes': expected True or False"),
+    ({"expert_choice": True, "score": "sigmoid"}, r"expert_choice=True: expected False with sigmoid scores, groups"),
+    ({"expert_choice": True, "selection_bias": True}, r"expert_choice=True: expected False .* a selection bias"),
+    ({"expert_choice": True, "n_groups": 3, "groups_kept": 2}, r"expert_choice=True: expected False"),
+    ({"expert_choice": True, "weigh": "input"}, r"expert_choice=True: expected False .* weighed inputs"),
+]
+BALANCE_RULES = [
+    ({"loss": "swich"}, r"loss='swich': expected one of switch, sequence, global_batch"),
+    ({"loss": None}, r"loss=None: expected one of switch, sequence, global_batch"),
+    ({"alpha": -0.01}, r"alpha=-0\.01: expected a number of 0 or more"),
+    ({"alpha": NAN}, r"alpha=nan: expected a number of 0 or more"),
+    ({"alpha": INF}, r"alpha=inf: expected a number of 0 or more"),
+    ({"alpha": True}, r"alpha=True: expected a number of 0 or more"),
+    ({"alpha": "0.1"}, r"alpha='0\.1': expected a number of 0 or more"),
+    ({"z_loss": -1}, r"z_loss=-1: expected a number of 0 or more"),
+    ({"bias_rate": -1e-3}, r"bias_rate=-0\.001: expected a number of 0 or more"),
+    ({"bias_rate": None}, r"bias_rate=None: expected a number of 0 or more"),
+    ({"recentre": 1}, r"recentre=1: expected True or False"),
 ]
 
 
@@ -100,6 +118,19 @@ def test_a_model_that_cannot_be_is_refused_where_it_is_made(changes, message):
         ({"weight_decay": -0.1}, r"weight_decay=-0\.1"),
         ({"clip_norm": 0}, r"clip_norm=0"),
         ({"betas": (0.9, 1.0)}, r"betas=\(0\.9, 1\.0\): expected two numbers in \[0, 1\)"),
+        ({"betas": (0.9,)}, r"betas=\(0\.9,\): expected two numbers in \[0, 1\)"),
+        ({"betas": "ab"}, r"betas='ab': expected two numbers in \[0, 1\)"),
+        ({"micro_batches": 0}, r"micro_batches=0: expected a positive integer"),
+        ({"micro_batches": 3}, r"micro_batches=3: expected a divisor of batch_size=16"),
+        ({"batch_size": 2, "micro_batches": 4}, r"micro_batches=4: expected a divisor of batch_size=2"),
+        ({"schedule": "linear"}, r"schedule='linear': expected one of cosine, constant"),
+        ({"precision": "fp16"}, r"precision='fp16': expected one of fp32, bf16"),
+        ({"router_rate": -1.0}, r"router_rate=-1\.0: expected a number of 0 or more"),
+        ({"router_rate": NAN}, r"router_rate=nan: expected a number of 0 or more"),
+        ({"recompute": "no"}, r"recompute='no': expected True or False"),
+        ({"seed": -1}, r"seed=-1: expected an integer of 0 or more"),
+        ({"balance": {"alpha": 0.1}}, r"balance=\{'alpha': 0\.1\}: expected a BalanceConfig"),
+        ({"balance": None}, r"balance=None: expected a BalanceConfig"),
     ],
 )
 def test_a_training_run_that_cannot_be_is_refused(changes, message):
@@ -185,3 +216,62 @@ def test_a_layer_of_experts_changes_is_compared_and_is_frozen():
         EXPERTS.top_k = 3
     with pytest.raises(TypeError):
         MoEConfig(8, 6, 2, 12)
+
+
+@pytest.mark.parametrize(("changes", "message"), BALANCE_RULES)
+def test_a_cure_that_cannot_be_is_refused(changes, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        BalanceConfig(**changes)
+    with pytest.raises(ValueError, match=f"^{message}"):
+        BalanceConfig(alpha=0.1).but(**changes)
+
+
+def test_without_being_asked_nothing_is_cured():
+    assert TrainConfig().balance == BalanceConfig()
+    assert (BalanceConfig().alpha, BalanceConfig().z_loss, BalanceConfig().bias_rate) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": None}, r"model=None: expected an LMConfig"),
+        ({"model": SMALL}, r"model=\{'d_model': 8.*\}: expected an LMConfig"),
+        ({"training": None}, r"training=None: expected a TrainConfig"),
+        ({"training": BalanceConfig()}, r"training=BalanceConfig\(.*\): expected a TrainConfig"),
+        ({"evaluate_every": 0}, r"evaluate_every=0: expected a positive integer"),
+        ({"save_every": 2.5}, r"save_every=2\.5: expected a positive integer"),
+        ({"save_every": True}, r"save_every=True: expected a positive integer"),
+    ],
+)
+def test_a_run_that_cannot_be_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        RunConfig(**{"model": LMConfig(**SMALL)} | changes)
+    with pytest.raises(ValueError, match=message):
+        RunConfig(model=LMConfig(**SMALL)).but(**changes)
+
+
+def test_pairs_from_yaml_are_tuples_so_that_configurations_compare_and_hash():
+    assert TrainConfig(betas=[0.8, 0.9]).betas == (0.8, 0.9)
+    assert TrainConfig(betas=[0.8, 0.9]) == TrainConfig(betas=(0.8, 0.9))
+    run = RunConfig(model=LMConfig(**SMALL, moe=EXPERTS), training=TrainConfig(betas=[0.8, 0.9]))
+    assert len({run, run.but(), run.but(save_every=1)}) == 2
+
+
+def test_experts_may_choose_with_all_that_does_not_touch_the_choice():
+    choosing = EXPERTS.but(
+        expert_choice=True, n_shared_experts=1, expert_bias=True, logit_bias=True, capacity_factor=2.0, input_jitter=0.1
+    )
+    assert LMConfig(**SMALL, moe=choosing).moe.expert_choice
+    assert not choosing.but(expert_choice=False).expert_choice
+    with pytest.raises(ValueError, match="expert_choice=True"):
+        choosing.but(score="sigmoid")
+
+
+def test_a_scaling_factor_that_nobody_would_apply_is_refused():
+    with pytest.raises(ValueError, match="expert_choice=True"):
+        EXPERTS.but(expert_choice=True, scaling_factor=2.5)
+
+
+def test_betas_that_are_no_pair_are_refused_by_name():
+    with pytest.raises(ValueError, match=r"betas=0\.9: expected two numbers in \[0, 1\)"):
+        TrainConfig(betas=0.9)

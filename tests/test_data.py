@@ -314,6 +314,35 @@ def test_validation_windows_refuse():
         d.validation_windows(text, context=4)
 
 
+def test_a_validation_batch_holds_every_domains_windows_in_order():
+    split = {"a": torch.arange(100, dtype=torch.uint8), "b": torch.arange(100, 113, dtype=torch.uint8)}
+    batch = d.validation_batch(split, context=4, limit=5)
+    assert batch.domains.tolist() == [0] * 5 + [1] * 3  # b has only three windows
+    for index, text in enumerate(split.values()):
+        inputs, targets = d.validation_windows(text, context=4, limit=5)
+        assert torch.equal(batch.inputs[batch.domains == index], inputs)
+        assert torch.equal(batch.targets[batch.domains == index], targets)
+    assert torch.equal(batch.inputs[:, 1:], batch.targets[:, :-1])
+    assert {t.dtype for t in (batch.inputs, batch.targets, batch.domains)} == {torch.int64}
+
+
+def test_a_validation_batch_of_one_domain_and_of_the_corpus():
+    one = d.validation_batch({"a": torch.arange(9, dtype=torch.uint8)}, context=4, limit=7)
+    assert one.inputs.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    corpus = d.load_corpus(root=DATA)
+    batch = d.validation_batch(corpus.val, context=64, limit=3)
+    assert batch.inputs.shape == (12, 64)
+    assert batch.domains.bincount().tolist() == [3, 3, 3, 3]
+
+
+def test_a_validation_batch_refuses():
+    with pytest.raises(ValueError, match="context=4 needs 5"):
+        d.validation_batch({"a": torch.zeros(9), "b": torch.zeros(4)}, context=4, limit=2)
+    for sizes in ({"context": 0, "limit": 1}, {"context": 2, "limit": 0}):
+        with pytest.raises(ValueError, match="must be a positive integer"):
+            d.validation_batch({"a": torch.zeros(9)}, **sizes)
+
+
 # -- rebuilding ---------------------------------------------------------------------------------------------
 
 

@@ -18,10 +18,12 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+from moe_lab.accounting import count_parameters
 from moe_lab.config import LMConfig, MoEConfig
 from moe_lab.lm import LM, generate, watch_hidden
-from moe_lab.moe import MoE
+from moe_lab.moe import ExpertChoiceMoE, MoE
 from moe_lab.presets import MOE_BASELINE, MOE_FAMILIES
+from moe_lab.records import ExpertChoice, Routing
 
 CONFIG = LMConfig(d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=24, vocab_size=50)
 EXPERTS = MoEConfig(d_model=16, d_ff=12, n_experts=5, top_k=2)
@@ -316,3 +318,112 @@ def test_reset_draws_every_weight_anew():
     model.reset_parameters()
     kept = [name for name, weight in model.named_parameters() if torch.equal(weight, before[name])]
     assert all("norm" in name for name in kept), "norms start at one; all others are drawn"
+
+
+def test_the_layers_of_experts_stand_from_the_bottom_up():
+    for n_dense in (0, 1, 3):
+        model = LM(WITH_EXPERTS.but(n_layers=3, n_dense_layers=n_dense))
+        assert list(model.moe_layers) == [block.ffn for block in model.blocks][n_dense:]
+    assert LM(CONFIG).moe_layers == ()
+
+
+# --- recomputation ---
+
+RECOMPUTED = {
+    "dense": CONFIG,
+    "dense, tied, convolution": CONFIG.but(tied_embeddings=True, conv_width=3),
+    "experts": WITH_EXPERTS,
+    "jitter and noise": CONFIG.but(moe=EXPERTS.but(input_jitter=0.3, noisy_top_k=True)),
+    "capacity, shared": CONFIG.but(moe=EXPERTS.but(capacity_factor=0.75, n_shared_experts=1)),
+    "a dense layer first": WITH_EXPERTS.but(n_dense_layers=1),
+    "expert choice": CONFIG.but(moe=EXPERTS.but(expert_choice=True, input_jitter=0.3)),
+}
+
+
+@pytest.mark.parametrize("config", RECOMPUTED.values(), ids=RECOMPUTED)
+def test_recomputing_changes_no_bit_and_tells_every_choice_once(config):
+    torch.manual_seed(0)
+    model, tokens, seen = LM(config), torch.randint(50, (2, 9)), []
+    for recompute in (False, True):
+        model.zero_grad()
+        torch.manual_seed(1)
+        logits, routings = model(tokens, recompute=recompute)
+        penalty = sum((routing.router_scores.square().mean() for routing in routings), torch.zeros(()))
+        (logits.square().mean() + penalty).backward()
+        after = torch.rand(3)  # the generator, too, stands where it stood
+        counts = [routing.tokens_per_expert for routing in routings]
+        seen.append([logits.detach(), after, *counts, *(weight.grad.clone() for weight in model.parameters())])
+    assert len(seen[0]) == len(seen[1])
+    assert all(torch.equal(kept, again) for kept, again in zip(*seen, strict=True))
+
+
+def test_recomputing_keeps_less_for_the_backward_pass():
+    torch.manual_seed(0)
+    model, tokens, kept = LM(WITH_EXPERTS.but(n_layers=4)), torch.randint(50, (2, 9)), []
+    for recompute in (False, True):
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, saved=saved: (saved.append(t.numel()), t)[1], lambda t: t
+        ):
+            model(tokens, recompute=recompute)
+        kept.append(sum(saved))
+    assert kept[1] < kept[0] / 4
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_without_gradients_recomputing_is_plain_computing(recompute):
+    torch.manual_seed(0)
+    model, tokens = LM(WITH_EXPERTS).eval(), torch.randint(50, (2, 9))
+    with torch.no_grad():
+        assert torch.equal(model(tokens, recompute=recompute)[0], model(tokens)[0])
+
+
+# --- experts that choose ---
+
+CHOOSING = WITH_EXPERTS.but(moe=EXPERTS.but(expert_choice=True))
+
+
+def test_a_model_whose_experts_choose_is_the_same_size_and_says_who_chose():
+    torch.manual_seed(0)
+    model = LM(CHOOSING.but(n_dense_layers=1))
+    assert [type(layer) for layer in model.moe_layers] == [ExpertChoiceMoE]
+    assert sum(p.numel() for p in model.parameters()) == count_parameters(CHOOSING.but(n_dense_layers=1)).total
+    logits, choices = model(torch.randint(50, (3, 5)))
+    logits.square().mean().backward()
+    assert logits.shape == (3, 5, 50)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    (choice,) = choices
+    assert isinstance(choice, ExpertChoice)
+    assert choice.tokens_per_expert.tolist() == [6] * 5  # 15 tokens, two of five experts each
+    assert choice.router_scores.shape == (15, 5)
+    assert {type(routing) for routing in LM(WITH_EXPERTS)(torch.randint(50, (1, 4)))[1]} == {Routing}
+
+
+@pytest.mark.parametrize("n_layers", [1, 2])
+def test_experts_that_choose_look_into_the_future_and_chosen_experts_do_not(n_layers):
+    torch.manual_seed(0)
+    tokens = torch.randint(50, (1, 64))
+    edited = tokens.clone()
+    edited[0, 32:] = torch.randint(50, (32,))
+
+    def share_of_earlier_positions_that_change(config: LMConfig) -> float:
+        torch.manual_seed(1)
+        model = LM(config.but(n_layers=n_layers))
+        before, after = model(tokens)[0][0, :32], model(edited)[0][0, :32]
+        return (before - after).abs().gt(1e-4).any(-1).float().mean().item()
+
+    assert share_of_earlier_positions_that_change(CHOOSING) > 0.1
+    assert share_of_earlier_positions_that_change(WITH_EXPERTS) == 0
+
+
+def test_experts_that_choose_look_into_other_texts_of_the_batch():
+    torch.manual_seed(0)
+    model, tokens = LM(CHOOSING), torch.randint(50, (2, 20))
+    alone, together = model(tokens[:1])[0], model(tokens)[0][:1]
+    assert not torch.allclose(alone, together, atol=1e-4)
+
+
+def test_a_model_whose_experts_choose_generates_one_byte_after_the_other():
+    torch.manual_seed(0)
+    assert generate(LM(CHOOSING), torch.tensor([1, 2, 3]), 5, context=8).shape == (8,)
+    assert LM(CHOOSING)(torch.zeros(1, 1, dtype=torch.long))[0].shape == (1, 1, 50)

@@ -11,8 +11,9 @@ from moe_lab.accounting import moe_parameters
 from moe_lab.config import EXPERT_KINDS, MoEConfig
 from moe_lab.dispatch import expert_capacity, make_plan
 from moe_lab.ffn import ACTIVATIONS, mlp, swiglu
-from moe_lab.moe import MoE, moe_loop, moe_reference
+from moe_lab.moe import ExpertChoiceMoE, MoE, moe_loop, moe_reference
 from moe_lab.ops import GROUPED_MM
+from moe_lab.records import ExpertChoice
 
 PROPERTY = settings(max_examples=50, deadline=None, derandomize=True)
 IMPLS = list(GROUPED_MM)
@@ -580,3 +581,160 @@ def test_functions_of_the_slow_versions_take_any_expert():
     counted = moe_loop(x, routing, lambda e, tokens: torch.full_like(tokens, e))
     expected = (routing.topk_weights * routing.topk_experts).sum(-1)
     assert_close(counted, expected[:, None].expand(5, 8))
+
+
+# --- experts that choose ---
+
+CHOOSING = CONFIG.but(expert_choice=True)
+CHOOSERS = {
+    "plain": {},
+    "top-1": {"top_k": 1},
+    "every expert every token": {"top_k": 4},
+    "one expert": {"n_experts": 1, "top_k": 1},
+    "half the capacity": {"capacity_factor": 0.5},
+    "twice the capacity": {"capacity_factor": 2.0},
+    "more capacity than tokens": {"capacity_factor": 99.0},
+    "almost no capacity": {"capacity_factor": 1e-9},
+    "logit bias": {"logit_bias": True},
+    "gpt-oss": {"expert": "clamped_swiglu", "expert_bias": True, "logit_bias": True},
+    "gelu, biased": {"expert": "gelu", "expert_bias": True},
+    "shared": {"n_shared_experts": 2, "d_ff_shared": 24},
+    "shared, gated": {"n_shared_experts": 1, "d_ff_shared": 20, "shared_gate": True},
+    "noise": {"noisy_top_k": True, "input_jitter": 0.1},
+}
+
+
+def made_to_choose(config: MoEConfig, impl: str = "auto") -> ExpertChoiceMoE:
+    layer = ExpertChoiceMoE(config, impl)
+    layer.load_state_dict(made(config).state_dict())
+    return layer
+
+
+def chosen_by_definition(layer: ExpertChoiceMoE, x: Tensor) -> Tensor:
+    """Zhou et al. 2022, section 3.2, slowly: each expert goes through its tokens, the best first, until it is full."""
+    config, tokens = layer.config, x.reshape(-1, x.shape[-1])
+    scores = layer.router.logits(tokens).softmax(-1)
+    capacity = expert_capacity(len(tokens), config.top_k, config.n_experts, config.capacity_factor or 1.0)
+    rows = [torch.zeros_like(token) for token in tokens]
+    for e in range(config.n_experts):
+        ranked = sorted(range(len(tokens)), key=lambda t, e=e: (-scores[t, e].item(), t))
+        for t in ranked[:capacity]:
+            rows[t] = rows[t] + scores[t, e] * layer.experts.one(e, tokens[t])
+    y = torch.stack(rows) if rows else torch.zeros_like(tokens)
+    if config.n_shared_experts:
+        y = y + shared_by_definition(layer, tokens)
+    return y.view_as(x)
+
+
+@pytest.mark.parametrize("changes", CHOOSERS.values(), ids=CHOOSERS)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_experts_choose_by_definition_in_outputs_and_every_gradient(impl, changes):
+    for shape in ((1, 8), (2, 5, 8)):
+        layer = made_to_choose(CHOOSING.but(**changes), impl)
+        slow, upstream, x = copy.deepcopy(layer), torch.randn(shape), torch.randn(shape, requires_grad=True)
+        slow_x = x.detach().clone().requires_grad_()
+        torch.manual_seed(1)  # the same noise for both
+        y, choice = layer(x)
+        torch.manual_seed(1)
+        expected = chosen_by_definition(slow, slow_x)
+        assert isinstance(choice, ExpertChoice)
+        assert_close(y, expected, rtol=1e-4, atol=1e-5)
+        wanted = gradients(slow, expected, slow_x, upstream)
+        assert_same_gradients(gradients(layer, y, x, upstream), wanted, 1e-4)
+
+
+@PROPERTY
+@given(st.integers(0, 9), st.integers(1, 5), st.sampled_from([None, 0.3, 1.0, 1.25, 4.0]), st.data())
+def test_every_choosing_layer_that_can_be_works_and_is_balanced(n_tokens, n_experts, factor, data):
+    k = data.draw(st.integers(1, n_experts))
+    layer = made_to_choose(CHOOSING.but(n_experts=n_experts, top_k=k, capacity_factor=factor, d_model=5, d_ff=7))
+    x = torch.randn(n_tokens, 5)
+    y, choice = layer(x)
+    assert_close(y, chosen_by_definition(layer, x), rtol=1e-4, atol=1e-5)
+    share = min(n_tokens, expert_capacity(n_tokens, k, n_experts, factor or 1.0))
+    assert choice.tokens_per_expert.tolist() == [share] * n_experts
+    assert choice.mask.sum(0).tolist() == [share] * n_experts
+
+
+@pytest.mark.parametrize(
+    ("n_tokens", "k", "factor", "capacity"), [(10, 2, None, 5), (10, 2, 0.3, 2), (10, 1, None, 3), (10, 2, 9.0, 10)]
+)
+def test_an_expert_takes_its_even_share_of_the_choices(n_tokens, k, factor, capacity):
+    choice = made_to_choose(CHOOSING.but(top_k=k, capacity_factor=factor))(torch.randn(n_tokens, 8))[1]
+    assert choice.tokens.shape == choice.weights.shape == (4, capacity)  # ceil(T k / 4 · factor), at most T
+
+
+def test_with_room_for_all_it_is_the_mixture_of_all_experts():
+    layer, x = made_to_choose(CHOOSING.but(top_k=4)), torch.randn(6, 8)
+    weights = layer.router.logits(x).softmax(-1)
+    dense = sum(weights[:, e, None] * layer.experts.one(e, x) for e in range(4))
+    assert_close(layer(x)[0], dense, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shared", [{}, SHARED], ids=["alone", "shared"])
+def test_a_token_may_get_many_experts_or_none(shared):
+    layer, x = made_to_choose(CHOOSING.but(top_k=1, **shared)), torch.randn(40, 8)
+    y, choice = layer(x)
+    visits = choice.mask.sum(1)
+    assert visits.min() == 0
+    assert visits.max() > 1
+    left = layer.shared(x) if shared else torch.zeros_like(x)
+    assert torch.equal(y[visits == 0], left[visits == 0])
+
+
+def earlier_outputs_that_change(layer: MoE) -> int:
+    """How many of the first ten tokens' outputs change when the ten after them become others."""
+    x = torch.randn(20, 8)
+    edited = torch.cat([x[:10], torch.randn(10, 8)])
+    return int((layer(x)[0][:10] - layer(edited)[0][:10]).abs().gt(1e-5).any(-1).sum())
+
+
+def test_whether_a_token_is_taken_depends_on_those_after_it():
+    assert earlier_outputs_that_change(made_to_choose(CHOOSING)) >= 3
+    assert earlier_outputs_that_change(made(CONFIG)) == 0
+
+
+def test_the_order_of_tokens_does_not_matter_to_experts_that_choose():
+    layer, x, order = made_to_choose(CHOOSING), torch.randn(9, 8), torch.randperm(9)
+    assert_close(layer(x[order])[0], layer(x)[0][order], rtol=1e-4, atol=1e-5)
+
+
+def test_of_equal_tokens_the_earliest_are_taken():
+    layer = made_to_choose(CHOOSING)
+    y, choice = layer(torch.randn(1, 8).repeat(10, 1))
+    assert choice.tokens.tolist() == [[0, 1, 2, 3, 4]] * 4
+    assert not y[5:].any()
+
+
+def test_experts_that_choose_give_the_same_bits_twice_and_work_in_bf16():
+    layer, x = made_to_choose(CHOOSING.but(d_model=16, d_ff=24, **SHARED)), torch.randn(21, 16)
+    assert not bits_that_differ(layer, x.requires_grad_(), times=2)
+    expected, exact = layer(x.bfloat16().float())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, choice = layer(x.bfloat16())
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(choice.tokens, exact.tokens)  # the router is fp32 whatever the dtype
+    assert_close(y.float(), expected, rtol=0.05, atol=0.05)
+    half, x = made_to_choose(layer.config).bfloat16(), x.detach().bfloat16()
+    half_y, half_choice = half(x)
+    assert (half_y.dtype, half_choice.weights.dtype) == (torch.bfloat16, torch.float32)
+
+
+def test_experts_that_choose_make_no_host_sync():
+    with torch.device("meta"):
+        layer = ExpertChoiceMoE(CHOOSING.but(d_model=16, d_ff=24), "torch").bfloat16()
+        x = torch.empty(2, 7, 16, dtype=torch.bfloat16, requires_grad=True)
+    y, choice = layer(x)
+    y.sum().backward()
+    assert y.shape == x.grad.shape == (2, 7, 16)
+    assert choice.tokens.shape == (4, 7)
+
+
+def test_experts_that_choose_refuse_what_the_others_refuse():
+    layer = made_to_choose(CHOOSING)
+    with pytest.raises(ValueError, match=r"x has shape \(3, 7\): expected .* d_model=8"):
+        layer(torch.zeros(3, 7))
+    with pytest.raises(ValueError, match=r"x is torch\.float64, the layer torch\.float32"):
+        layer(torch.zeros(3, 8).double())
+    with pytest.raises(ValueError, match=r"router_logits: 4 of 12 are NaN or infinite, in 1 of 3 tokens"):
+        layer(torch.zeros(3, 8).index_fill(0, torch.tensor(1), float("nan")))

@@ -1,11 +1,13 @@
-"""What only a GPU can show of the layer: no host sync, the same bits every time, NaN that is not routed away."""
+"""What only a GPU can show: no host sync, the same bits every time, NaN that is not routed away, training in bf16."""
 
 import pytest
 import torch
 from torch.testing import assert_close
 
-from moe_lab.config import MoEConfig
+from moe_lab.config import BalanceConfig, LMConfig, MoEConfig, TrainConfig
+from moe_lab.lm import LM
 from moe_lab.moe import MoE
+from moe_lab.train import Trainer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU, and torch sees none")
 
@@ -63,3 +65,43 @@ def test_nan_reaches_the_output_or_is_refused():
     layer.router.check_finite = True
     with pytest.raises(ValueError, match=r"are NaN or infinite, in 1 of 256 tokens"):
         layer(bad)
+
+
+TINY_LM = LMConfig(
+    d_model=64, n_layers=2, n_heads=2, d_ff=64, moe=CONFIG.but(score="sigmoid", selection_bias=True, top_k=2)
+)
+SHORT = TrainConfig(
+    steps=4,
+    batch_size=4,
+    micro_batches=2,
+    context=32,
+    warmup_steps=1,
+    precision="bf16",
+    balance=BalanceConfig(loss="global_batch", alpha=0.01, z_loss=0.001, bias_rate=0.001),
+)
+TEXT = {"digits": torch.arange(48, 58, dtype=torch.uint8).repeat(100)}
+
+
+def test_training_in_bf16_learns_moves_the_bias_and_resumes():
+    def trainer() -> Trainer:
+        torch.manual_seed(0)
+        return Trainer(LM(TINY_LM).to("cuda"), TEXT, SHORT)
+
+    whole = trainer()
+    losses = [whole.step().loss for _ in range(4)]
+    assert losses[-1] < losses[0]
+    assert all(moe.router.selection_bias.any() for moe in whole.model.moe_layers)
+    assert {weight.dtype for weight in whole.model.parameters()} == {torch.float32}
+    first, second = trainer(), trainer()
+    first.step(), first.step()
+    second.load_state({name: tensor.cpu() for name, tensor in first.state().items()})
+    assert_close([second.step().loss, second.step().loss], losses[2:], rtol=1e-3, atol=1e-3)
+
+
+def test_recomputation_gives_the_same_training():
+    losses = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        trainer = Trainer(LM(TINY_LM).to("cuda"), TEXT, SHORT.but(recompute=recompute))
+        losses.append([trainer.step().loss for _ in range(3)])
+    assert_close(*losses, rtol=1e-3, atol=1e-3)

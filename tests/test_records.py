@@ -63,3 +63,24 @@ def test_a_record_tells_its_sizes_is_frozen_and_is_itself_alone(record, text):
     assert record == record
     assert record != twin  # tensors have no one answer to "equal"
     assert len({record, twin}) == 2
+
+
+def test_what_experts_that_chose_tell():
+    # expert 0 took tokens 2 and 0, expert 1 tokens 0 and 1: token 0 has two experts, nobody has a third
+    choice = ExpertChoice(
+        router_scores=torch.rand(4, 2), weights=torch.rand(2, 2), tokens=torch.tensor([[2, 0], [0, 1]])
+    )
+    assert choice.n_experts == 2
+    assert choice.tokens_per_expert.tolist() == [2, 2]
+    assert choice.tokens_per_expert.dtype == ROUTING.tokens_per_expert.dtype
+    assert choice.mask.tolist() == [[True, True], [False, True], [True, False], [False, False]]
+    assert torch.equal(choice.mask.sum(0), choice.tokens_per_expert)
+
+
+@pytest.mark.parametrize(("n_tokens", "capacity"), [(4, 0), (0, 0), (3, 3)])
+def test_experts_that_chose_nobody_and_everybody(n_tokens, capacity):
+    tokens = torch.arange(capacity).expand(2, capacity)
+    choice = ExpertChoice(torch.rand(n_tokens, 2), torch.rand(2, capacity), tokens)
+    assert choice.tokens_per_expert.tolist() == [capacity, capacity]
+    assert choice.mask.shape == (n_tokens, 2)
+    assert choice.mask.sum() == 2 * capacity

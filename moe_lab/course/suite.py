@@ -92,7 +92,9 @@ def lay_out(lessons: list[Lesson], root: Path, scratch: Path) -> list[str]:
 
     So neither a learner's edits nor their progress file are ever touched. Returns what it could not lay out, and why.
     """
-    shutil.copytree(root / "data", scratch / "data", ignore=shutil.ignore_patterns("sources"))
+    for folder in ("data", "benchmarks/results"):  # what notebooks read
+        if (root / folder).is_dir():
+            shutil.copytree(root / folder, scratch / folder, ignore=shutil.ignore_patterns("sources"))
     (scratch / "pytest.ini").write_text("[pytest]\n")  # keeps pytest from looking for a configuration further up
     for folder in ("notebooks", "solutions"):
         (scratch / folder).mkdir()

@@ -1,29 +1,47 @@
 """Pictures: charts, drawings and live explorers. Everything here returns a `Picture` or an `Explorer`."""
 
+from moe_lab.viz.balancing import Panel, draw_shares, record_of, sweep, violation_band
 from moe_lab.viz.benchmarks import draw_bench
 from moe_lab.viz.charts import bars, heatmap, letters, lines, stacked
 from moe_lab.viz.diagrams import draw_block, draw_dense_to_moe, draw_ffns, draw_map
 from moe_lab.viz.dispatching import draw_dispatch, draw_layouts, draw_sort, growth
+from moe_lab.viz.experiments import CureExplorer, bands, curve_band, draw_load
 from moe_lab.viz.picture import Picture
 from moe_lab.viz.routing import RouterExplorer, draw_groups, draw_router, draw_token, heatmaps
+from moe_lab.viz.sharing import CutExplorer, draw_cut, draw_shared_path
+from moe_lab.viz.text import TextExplorer, draw_text
 from moe_lab.viz.tracing import TraceExplorer, draw_routing, draw_visits
+from moe_lab.viz.training import LiveTraining, draw_curves
 
 __all__ = [
+    "CureExplorer",
+    "CutExplorer",
+    "LiveTraining",
+    "Panel",
     "Picture",
     "RouterExplorer",
+    "TextExplorer",
     "TraceExplorer",
+    "bands",
     "bars",
+    "curve_band",
     "draw_bench",
     "draw_block",
+    "draw_curves",
+    "draw_cut",
     "draw_dense_to_moe",
     "draw_dispatch",
     "draw_ffns",
     "draw_groups",
     "draw_layouts",
+    "draw_load",
     "draw_map",
     "draw_router",
     "draw_routing",
+    "draw_shared_path",
+    "draw_shares",
     "draw_sort",
+    "draw_text",
     "draw_token",
     "draw_visits",
     "growth",
@@ -31,5 +49,8 @@ __all__ = [
     "heatmaps",
     "letters",
     "lines",
+    "record_of",
     "stacked",
+    "sweep",
+    "violation_band",
 ]

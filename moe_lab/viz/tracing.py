@@ -9,8 +9,8 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
+from moe_lab.checkpoints import load_shipped_model
 from moe_lab.lm import LM
-from moe_lab.presets import MOE_BASELINE
 from moe_lab.records import Routing
 from moe_lab.viz.diagrams import PALE, _box, _canvas
 from moe_lab.viz.dispatching import expert_colour
@@ -157,8 +157,8 @@ class TraceExplorer(Explorer):
     """Type a sentence: where does each of its tokens go, and with which weights?
 
     Args:
-        model: an `LM` with layers of experts; by default the course's small one, untrained.
-        about: what to tell about the model in the picture's title: "untrained" for the course's own.
+        model: an `LM` with layers of experts; by default the small trained one that comes with the course.
+        about: what to tell about the model in the picture's title; by default "trained" for the course's own.
         text: what is traced at the start.
 
     Raises:
@@ -170,8 +170,8 @@ class TraceExplorer(Explorer):
     def __init__(
         self, model: LM | None = None, *, about: str | None = None, text: str = "The router sends a token"
     ) -> None:
-        self.model = _untrained() if model is None else model
-        self.about = about if about is not None else "untrained" if model is None else "your model"
+        self.model = load_shipped_model("tiny_moe") if model is None else model
+        self.about = about if about is not None else "trained" if model is None else "your model"
         moe = self.model.config.moe
         if moe is None:
             raise ValueError("The model has no experts: expected an LM whose config has a moe, as MOE_BASELINE has.")
@@ -207,21 +207,14 @@ class TraceExplorer(Explorer):
         routing = self.route(ids, layer, top_k)
         names = byte_names(ids)
         n_experts, n_layers = routing.n_experts, self.model.config.n_moe_layers
-        meaning = " Untrained: the choices mean nothing yet." if self.about == "untrained" else ""
         hidden = f" Shown: the first {len(ids)} of {len(everything)} tokens." if len(ids) < len(everything) else ""
         return draw_routing(
             routing,
             names,
             title=f"Layer {layer} of {n_layers} ({self.about}): each token goes to {top_k} of {n_experts} experts",
-            note=f"In a frame: the weight of a chosen expert, in hundredths.{meaning}{hidden}",
-            alt=_trace_alt(routing, names, layer) + meaning + hidden,
+            note=f"In a frame: the weight of a chosen expert, in hundredths.{hidden}",
+            alt=_trace_alt(routing, names, layer) + hidden,
         )
-
-
-def _untrained() -> LM:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return LM(MOE_BASELINE)
 
 
 def _message(text: str) -> Picture:

@@ -69,7 +69,8 @@ def copy_course(folder: Path) -> None:
     for lesson in map(parse, sorted((ROOT / "lessons").glob("*.py"))):
         path = folder / "notebooks" / f"{lesson.name}.ipynb"
         path.write_text(canonical(unsolved(lesson)), encoding="utf-8")
-    shutil.copytree(ROOT / "data", folder / "data", ignore=shutil.ignore_patterns("sources"))
+    for name in ("data", "benchmarks/results"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("sources"))
     for name in LEARNER_HAS:
         shutil.copy(ROOT / name, folder)
 

@@ -3,13 +3,15 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import ipywidgets as widgets
 import pytest
 from driving import CLICK, browser_missing, wait_until
 
 from moe_lab.course.chapters import ch01
-from moe_lab.viz import RouterExplorer, TraceExplorer
+from moe_lab.experiments import load_results
+from moe_lab.viz import CureExplorer, CutExplorer, RouterExplorer, TextExplorer, TraceExplorer
 from moe_lab.viz.explorer import Explorer, SizeExplorer
 
 MISSING = browser_missing()
@@ -60,12 +62,18 @@ def test_an_exercise_names_the_mistake_and_the_progress_survives_a_restart(lab):
 class Live:
     """An explorer in a notebook, and its twin in this process, which says what picture is to be seen."""
 
-    def __init__(self, lab, notebook_name: str, make: type[Explorer]) -> None:
-        self.twin = make()
+    def __init__(self, lab, notebook_name: str, twin: Explorer, needs: Sequence[str] = ()) -> None:
+        self.twin = twin
         notebook = lab.open(notebook_name)
-        self.cell = notebook.cell(f"{make.__name__}()")
-        notebook.run_to(self.cell)
-        self.sliders = {name: w for name, w in self.twin.sliders.items() if hasattr(w, "step")}
+        self.cell = notebook.cell(f"{type(twin).__name__}(")
+        if needs:  # the cells that hold these lines are enough
+            for line in needs:
+                notebook.cell(line).run()
+            self.cell.run()
+        else:
+            notebook.run_to(self.cell)
+        kinds = (widgets.IntSlider, widgets.FloatSlider, widgets.SelectionSlider)
+        self.sliders = {name: w for name, w in self.twin.sliders.items() if isinstance(w, kinds)}
         assert self.picture() == self.twin.picture.png
         assert self.cell.output.locator(".noUi-handle").count() == len(self.sliders)
 
@@ -81,24 +89,37 @@ class Live:
         wait_until(lambda: self.picture() != before, f"a new picture after {name} became {value!r}")
         assert self.picture() == self.twin.picture.png, f"another picture than that of {name} {value!r}"
 
+    def type(self, text: str) -> None:
+        """A sentence into the text field, and Enter."""
+        field = self.cell.output.get_by_role("textbox").first
+
+        def act() -> None:
+            field.fill(text)
+            field.press("Enter")
+
+        self.change("text", text, act)
+
     def move_slider(self, name: str) -> None:
         """One step to the right by the keyboard."""
         slider, place = self.sliders[name], list(self.sliders).index(name)
         handle, readout = (self.cell.output.locator(part).nth(place) for part in (".noUi-handle", ".widget-readout"))
-        value = slider.value + slider.step
+        if isinstance(slider, widgets.SelectionSlider):
+            label, value = slider._options_full[slider.index + 1]
+        else:
+            value = slider.value + slider.step
+            label = format(value, slider.readout_format)
         self.change(name, value, lambda: handle.press("ArrowRight"))
-        shown = format(value, slider.readout_format)
-        expect(readout).to_have_text(shown)
+        expect(readout).to_have_text(label)
 
 
 def test_the_sliders_of_01_redraw_the_picture(lab):
-    live = Live(lab, "01_dense_ffn", SizeExplorer)
+    live = Live(lab, "01_dense_ffn", SizeExplorer())
     for name in live.sliders:
         live.move_slider(name)
 
 
 def test_the_router_of_02_chooses_live(lab):
-    live = Live(lab, "02_router", RouterExplorer)
+    live = Live(lab, "02_router", RouterExplorer())
     for name in ("expert_1", "k", "temperature"):
         live.move_slider(name)
     output = live.cell.output
@@ -106,20 +127,34 @@ def test_the_router_of_02_chooses_live(lab):
     live.change("normalise", False, lambda: output.get_by_role("checkbox").click())
 
 
+def test_a_cure_and_its_strength_are_chosen_in_05(lab):
+    needs = ("from moe_lab import balance", 'cures = load_results("balance")')
+    live = Live(lab, "05_load_balancing", CureExplorer(load_results("balance")), needs)
+    choose = live.cell.output.get_by_role("combobox")
+    live.change("cure", "Switch loss", lambda: choose.select_option("Switch loss"))
+    live.move_slider("strength")
+    live.change("layer", 1, lambda: live.cell.output.locator(".noUi-handle").nth(1).press("ArrowLeft"))
+    live.change("cure", "expert choice", lambda: choose.select_option("expert choice"))  # it has no strength
+
+
+def test_experts_are_cut_in_06(lab):
+    live = Live(lab, "06_shared_experts", CutExplorer())
+    for name in live.sliders:
+        live.move_slider(name)
+
+
+def test_a_typed_sentence_is_coloured_in_00(lab):
+    live = Live(lab, "00_start_here", TextExplorer())
+    live.type("2 + 2 = 4, naïve")
+    collapsed = live.cell.output.get_by_role("button", name="collapsed")
+    live.change("model", "collapsed", lambda: collapsed.click())
+
+
 def test_a_typed_sentence_is_traced_in_03(lab):
-    live = Live(lab, "03_topk_moe", TraceExplorer)
-
-    def type_it(text: str) -> Callable[[], None]:
-        def act() -> None:
-            field = live.cell.output.get_by_role("textbox").first
-            field.fill(text)
-            field.press("Enter")
-
-        return act
-
-    live.change("text", "2 + 2 = 4", type_it("2 + 2 = 4"))
-    live.change("text", "", type_it(""))  # no sentence: a word on what to do
-    live.change("text", "é", type_it("é"))
+    live = Live(lab, "03_topk_moe", TraceExplorer())
+    live.type("2 + 2 = 4")
+    live.type("")  # no sentence: a word on what to do
+    live.type("é")
     for name in ("layer", "top_k"):
         live.move_slider(name)
 

@@ -87,12 +87,21 @@ def test_the_explorer_traces_what_the_model_does():
     assert model.config.moe.top_k == 2
 
 
-def test_the_explorer_says_that_its_own_model_is_untrained(drawn):
-    explorer = TraceExplorer()
-    assert "Untrained: the choices mean nothing yet." in explorer.picture.alt
-    assert "(untrained)" in drawn[-1].axes[0].get_title(loc="left")
+def test_the_explorer_says_which_model_it_traces(drawn):
+    TraceExplorer()
+    assert "(trained)" in drawn[-1].axes[0].get_title(loc="left")
     torch.manual_seed(0)
-    assert "Untrained" not in TraceExplorer(LM(MOE_BASELINE)).picture.alt
+    TraceExplorer(LM(MOE_BASELINE))
+    assert "(your model)" in drawn[-1].axes[0].get_title(loc="left")
+
+
+def test_no_choice_at_the_start_is_so_close_that_another_machine_would_choose_otherwise():
+    # what is printed about the first picture is compared strictly
+    explorer = TraceExplorer()
+    for layer in (1, 2):
+        routing = explorer.route(explorer.sliders["text"].value.encode(), layer, top_k=2)
+        logits = routing.router_logits.sort(-1, descending=True).values
+        assert (logits[:, :2] - logits[:, 1:3]).min() > 1e-3
 
 
 def test_the_explorer_leaves_the_random_numbers_of_its_user_alone():
