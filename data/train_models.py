@@ -23,12 +23,12 @@ from pathlib import Path
 
 import torch
 
-from moe_lab.bench import machine
 from moe_lab.checkpoints import load_model, save_model
 from moe_lab.config import BalanceConfig, LMConfig, TrainConfig
 from moe_lab.data import load_corpus, validation_batch
 from moe_lab.experiments import WINDOWS_PROBED, measure_routing
 from moe_lab.lm import LM
+from moe_lab.machine import machine
 from moe_lab.plain import to_plain
 from moe_lab.presets import BASELINE_TRAINING, MOE_BASELINE
 from moe_lab.train import Step, evaluate, mean_bits, train

@@ -26,13 +26,13 @@ from moe_lab.balance import (
     max_violation,
     shuffle_within,
 )
-from moe_lab.bench import machine
 from moe_lab.config import BalanceConfig, LMConfig, MoEConfig, RunConfig, TrainConfig
 from moe_lab.data import Batch, Corpus, load_corpus, validation_batch
 from moe_lab.dispatch import expert_capacity
 from moe_lab.lm import LM
+from moe_lab.machine import machine
 from moe_lab.paths import CourseError, course_root, results_dir
-from moe_lab.plain import from_plain, to_plain
+from moe_lab.plain import from_plain, read_config, to_plain
 from moe_lab.presets import BASELINE_TRAINING, MOE_BASELINE
 from moe_lab.train import Step, choices_of, evaluate, mean_bits, train
 
@@ -283,8 +283,6 @@ def without_cures(base: RunConfig) -> tuple[LMConfig, TrainConfig]:
 
 def main(script: str, question: str, variants: Variants, n_seeds: int) -> None:
     """What an experiment's script does when it is run: all its runs, on the small models or on others."""
-    from moe_lab.runs import read_config
-
     parser = argparse.ArgumentParser(description=question)
     parser.add_argument("--seeds", type=int, default=n_seeds, help=f"runs of every variant (default {n_seeds})")
     parser.add_argument("--device", default="cpu", help="cpu, or cuda for the larger models")

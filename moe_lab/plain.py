@@ -4,10 +4,14 @@ import difflib
 import typing
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
 from types import UnionType
 from typing import TypeVar
 
-from moe_lab.config import MoEConfig
+import yaml
+
+from moe_lab.config import MoEConfig, RunConfig
+from moe_lab.paths import CourseError
 
 Config = TypeVar("Config")
 
@@ -83,6 +87,26 @@ def _nearest(unknown: list[str], known: list[str]) -> str:
         close = difflib.get_close_matches(key, known, n=1)
         said.append(f"{key!r} (did you mean {close[0]!r}?)" if close else f"{key!r} (known: {', '.join(known)})")
     return ("keys " if len(said) > 1 else "key ") + ", ".join(said)
+
+
+class ConfigError(CourseError):
+    """A file does not hold a configuration."""
+
+
+def read_config(path: Path) -> RunConfig:
+    """The run that a YAML file describes.
+
+    Raises:
+        ConfigError: no file, no YAML, or keys and values that cannot be; the message names them.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read as YAML: {error}") from None
+    try:
+        return from_plain(RunConfig, values)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{path}: {error}") from None
 
 
 def differences(one: object, other: object, where: str = "") -> list[str]:

@@ -22,7 +22,7 @@ from moe_lab.config import RunConfig
 from moe_lab.data import Corpus, load_corpus, validation_batch
 from moe_lab.lm import LM
 from moe_lab.paths import CourseError
-from moe_lab.plain import from_plain, to_plain
+from moe_lab.plain import read_config, to_plain
 from moe_lab.train import Diverged, Step, Trainer, evaluate, first_not_finite, mean_bits
 
 CHECKPOINTS_KEPT = 2
@@ -34,22 +34,6 @@ class RunError(CourseError):
 
 class StopRun(Exception):
     """Raised by a callback between two steps: the run is saved and ends, to be resumed another time."""
-
-
-def read_config(path: Path) -> RunConfig:
-    """The run that a YAML file describes.
-
-    Raises:
-        RunError: no file, no YAML, or keys and values that cannot be; the message names them.
-    """
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RunError(f"{path} cannot be read as YAML: {error}") from None
-    try:
-        return from_plain(RunConfig, values)
-    except (ValueError, TypeError) as error:
-        raise RunError(f"{path}: {error}") from None
 
 
 def run(

@@ -25,7 +25,7 @@ from moe_lab.bench import (
 from moe_lab.bench.layers import base_of, spread, table, transformers_block, verdicts
 from moe_lab.cli import main
 from moe_lab.paths import course_root
-from moe_lab.runs import read_config
+from moe_lab.plain import read_config
 from moe_lab.viz import draw_bench
 
 TINY = Shape(n_tokens=12, d_model=8, d_ff=4, n_experts=4, top_k=2)

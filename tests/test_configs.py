@@ -10,8 +10,8 @@ from moe_lab.accounting import count_parameters
 from moe_lab.config import RunConfig
 from moe_lab.data import load_corpus
 from moe_lab.lm import LM
+from moe_lab.plain import read_config
 from moe_lab.presets import BASELINE_TRAINING, DENSE_BASELINE, MOE_BASELINE
-from moe_lab.runs import read_config
 from moe_lab.train import Trainer, train
 
 CONFIGS = {path.stem: path for path in sorted((Path(__file__).resolve().parent.parent / "configs").glob("*.yaml"))}

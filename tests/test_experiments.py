@@ -19,9 +19,8 @@ from moe_lab.dispatch import expert_capacity, make_plan
 from moe_lab.experiments import Variant, load_results, measure_routing, run_experiment, run_once
 from moe_lab.lm import LM
 from moe_lab.paths import CourseError
-from moe_lab.plain import from_plain, to_plain
+from moe_lab.plain import from_plain, read_config, to_plain
 from moe_lab.presets import BASELINE_TRAINING, MOE_BASELINE
-from moe_lab.runs import read_config
 from moe_lab.train import Trainer, choices_of, evaluate, train
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -26,9 +26,9 @@ ORDER = [
         "experts",
         "moe",
     ),
-    *("attention", "data", "lm", "balance", "train", "checkpoints", "hugging_face"),
+    *("attention", "data", "lm", "balance", "train", "checkpoints", "hugging_face", "experiments"),
 ]
-ON_TOP = ("viz", "bench", "runs", "experiments", "course", "cli", "__main__")
+ON_TOP = ("viz", "bench", "runs", "course", "cli", "__main__")
 
 
 def imported_modules(path: Path) -> set[str]:

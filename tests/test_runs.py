@@ -25,8 +25,8 @@ from moe_lab.checkpoints import CheckpointError, load, load_model
 from moe_lab.config import BalanceConfig, LMConfig, MoEConfig, RunConfig, TrainConfig
 from moe_lab.data import load_corpus
 from moe_lab.lm import LM
-from moe_lab.plain import to_plain
-from moe_lab.runs import RunError, StopRun, checkpoints, last_evaluation, read_config, read_metrics, run
+from moe_lab.plain import read_config, to_plain
+from moe_lab.runs import RunError, StopRun, checkpoints, last_evaluation, read_metrics, run
 from moe_lab.train import Step, Trainer, evaluate, mean_bits
 
 # Everything at once that a checkpoint has to bring back.

@@ -16,7 +16,8 @@ import torch
 
 from moe_lab.bench import layers, training
 from moe_lab.bench.layers import LOADS, SHAPES, SWEEP, Shape, layer_and_input, parts, variants
-from moe_lab.bench.timing import Timing, compare, copy_rate, machine
+from moe_lab.bench.timing import Timing, compare, copy_rate
+from moe_lab.machine import machine
 from moe_lab.paths import CourseError, course_root, results_dir
 
 __all__ = [
@@ -26,7 +27,6 @@ __all__ = [
     "Timing",
     "compare",
     "layer_and_input",
-    "machine",
     "parts",
     "variants",
 ]

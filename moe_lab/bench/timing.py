@@ -1,13 +1,9 @@
 """Timing side by side: candidates take turns, and what is told are medians with their quartiles."""
 
-import importlib.metadata
-import importlib.util
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -50,18 +46,3 @@ def copy_rate(n_bytes: int = 2**28, rounds: int = 5) -> float:
     source = torch.zeros(n_bytes // 4)
     target = torch.empty_like(source)
     return 2 * n_bytes / compare({"copy": lambda: target.copy_(source)}, rounds)["copy"].median
-
-
-def machine() -> dict[str, str]:
-    """What the numbers were measured on."""
-    cpu = platform.processor()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [
-            line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
-        cpu = names[0] if names else cpu
-    found = {"cpu": cpu, "system": platform.system(), "python": platform.python_version(), "torch": torch.__version__}
-    if importlib.util.find_spec("transformers"):
-        found["transformers"] = importlib.metadata.version("transformers")
-    return found

@@ -21,7 +21,7 @@ from moe_lab.config import LMConfig, TrainConfig
 from moe_lab.data import load_corpus
 from moe_lab.lm import LM
 from moe_lab.paths import course_root
-from moe_lab.runs import read_config
+from moe_lab.plain import read_config
 from moe_lab.train import Trainer
 
 SIZES = ("moe_notebook", "moe_2m")  # names of configurations
