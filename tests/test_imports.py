@@ -11,23 +11,10 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "moe_lab"
 
 # Each module may import those before it; `course`, `viz` and `cli` may import everything.
-ORDER = [
-    *(
-        "paths",
-        "config",
-        "plain",
-        "accounting",
-        "presets",
-        "records",
-        "ops",
-        "ffn",
-        "routing",
-        "dispatch",
-        "experts",
-        "moe",
-    ),
-    *("attention", "data", "lm", "balance", "train", "checkpoints", "hugging_face", "experiments"),
-]
+ORDER = (
+    "paths config plain machine accounting presets records ops ffn routing dispatch experts moe attention data lm "
+    "balance train checkpoints hugging_face experiments"
+).split()
 ON_TOP = ("viz", "bench", "runs", "course", "cli", "__main__")
 
 
