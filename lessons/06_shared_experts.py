@@ -26,7 +26,8 @@
 # that every token visits, a gate for them, and the whole router of DeepSeek-V3. You will have seen four released designs
 # as settings of one layer, and an honest measurement of what they bring at a size that a laptop can train.
 #
-# Sections marked *optional* go past the hour: run their cells, and read them another time.
+# **Core** are sections 1 to 8, and of them what is not marked *optional*. What is comes on top of the hour: run its cells,
+# and read them another time.
 
 # %%
 import dataclasses
@@ -37,7 +38,6 @@ import torch
 import torch.nn.functional as F
 
 from moe_lab import bench, viz
-from moe_lab.accounting import cut_finer as cut
 from moe_lab.config import MoEConfig, RouterConfig
 from moe_lab.course import exercise, show_progress
 from moe_lab.ffn import swiglu
@@ -49,9 +49,9 @@ torch.set_num_threads(1)  # layers this small are fastest on one thread
 # %% [markdown]
 # ## Predict first
 #
-# A layer has eight experts, and a token chooses two. Cut every expert into four, and let it choose eight of the 32: equal
-# size, equal work. **How many times as many combinations** can it choose? And our small language model, now at 2.5: **by
-# how many bits per byte** does it get better? Sections 2 and 7 will tell.
+# A layer has eight experts, and a token chooses two. Cut every expert into four, and let it choose eight of 32: equal size
+# and work. **How many times as many combinations** is that? We cut and shared in our language model in six ways: **by how
+# many bits per byte** (of 2.5) is the best one better?
 
 # %%
 my_times, my_gain = 4, 0.10  # times as many combinations; bits per byte
@@ -69,24 +69,24 @@ w_up = torch.tensor([[1.0, 1.0], [2.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
 w_down = torch.tensor([[1.0, 0.0, 2.0, 1.0], [0.0, 1.0, -1.0, 1.0]])
 
 whole = swiglu(x, w_gate, w_up, w_down)
-pieces = [(w_gate[cut], w_up[cut], w_down[:, cut]) for cut in (slice(0, 2), slice(2, 4))]
+pieces = [
+    (w_gate[rows], w_up[rows], w_down[:, rows]) for rows in (slice(0, 2), slice(2, 4))
+]
 halves = [swiglu(x, *piece) for piece in pieces]
 for name, y in {"whole": whole, "first half": halves[0], "second half": halves[1]}.items():
     print(f"{name:<12}", [round(number, 3) for number in y[0].tolist()])
 print("whole = first + second:", torch.allclose(whole, halves[0] + halves[1]))
 
 # %% [markdown]
-# The halves sum to the whole. So cutting alone changes nothing: a router that gives all pieces of an expert one weight
-# makes the old layer. What is new is what else it may do: take one piece here and another there.
+# The halves sum to the whole. So cutting alone changes nothing, as long as every piece keeps its expert's **old weight**.
+# (Weights that sum to one cannot: shared out among m times as many pieces, each is m times smaller. Section 5.) What is
+# new is that the router may take one piece here and another there.
 
 # %%
 eight = MoEConfig(d_model=64, d_ff=64, n_experts=8, top_k=2)
 viz.draw_cut(
-    {
-        "eight experts": eight,
-        "each cut in four": eight.but(**cut(eight, 4)),
-        "and some always on": eight.but(**cut(eight, 4, n_shared=2)),
-    }
+    eight,  # cut in 1 and in 4 pieces each, and 2 of the 32 shared
+    {"eight experts": (1, 0), "each cut in four": (4, 0), "and some always on": (4, 2)},
 )
 
 # %% [markdown]
@@ -94,8 +94,8 @@ viz.draw_cut(
 #
 # ## 2 How many combinations?
 #
-# [DeepSeekMoE](https://arxiv.org/abs/2401.06066), section 3.1, argues with their number: in more ways combined, small
-# experts may serve a token better.
+# With $E$ experts, $K$ chosen, each cut in $m$, the ways to choose become more. That is the argument of
+# [DeepSeekMoE](https://arxiv.org/abs/2401.06066), section 3.1: in more ways combined, small experts may serve better.
 #
 # $$\binom{E}{K} \quad\longrightarrow\quad \binom{mE}{mK}$$
 #
@@ -146,8 +146,8 @@ print(f"You said {my_times} times; it is {ways(32, 8) / ways(8, 2):,.0f} times."
 # ### Exercise 6.2 · the same size, cut finer
 #
 # ●●○ · 6 minutes · four entries · Each expert falls into `m` pieces; `n_shared` of all the **pieces** become shared. Total
-# and active parameters stay. Return what changes, as a dict of whole numbers with the keys `d_ff`, `n_experts` (routed),
-# `top_k` and `n_shared_experts`.
+# and active parameters stay. `moe` has no shared experts yet. Return what changes, as a dict of whole numbers with the keys
+# `d_ff`, `n_experts` (routed), `top_k` and `n_shared_experts`.
 #
 # <details><summary>Hint 1</summary>
 #
@@ -164,7 +164,7 @@ print(f"You said {my_times} times; it is {ways(32, 8) / ways(8, 2):,.0f} times."
 # %%
 @exercise("6.2")
 def cut_finer(moe, m, n_shared=0):
-    """The fields that change, as a dict for moe.but(**…); m divides moe.d_ff."""
+    """The fields that change, for moe.but(**…); m divides moe.d_ff, none is shared yet."""
     ### BEGIN SOLUTION
     return {
         "d_ff": moe.d_ff // m,
@@ -176,7 +176,7 @@ def cut_finer(moe, m, n_shared=0):
 
 
 # %% [markdown]
-# **Check it** with notebook 03's count. **Predict** which of the two columns changes after all, and by what.
+# **Check it** with notebook 03's count. **Predict**: does the total change after all, or what is active, and why?
 
 # %%
 from moe_lab.accounting import moe_parameters, router_parameters
@@ -189,14 +189,17 @@ for m, n_shared in ((1, 0), (1, 1), (4, 0), (4, 2), (16, 4)):
     print(f"{name:<27}{total:>8,}{active:>8,}   {router_parameters(moe):>8,}")
 
 # %% [markdown]
-# Both, by the router alone: a row for every routed expert, and every token reads all rows. Try other cuts. With many
-# shared experts, what becomes of the combinations?
+# Both, by the router alone: a row for every routed expert, and every token reads all rows.
+#
+# ### Sharing and combinations (*optional*)
+#
+# What do shared experts do to the combinations? Leave four pieces an expert, and compare 0, 2 and 7 shared.
 
 # %%
 viz.CutExplorer()
 
 # %% [markdown]
-# They fall again: every shared expert takes a candidate and a choice. [OLMoE](https://arxiv.org/abs/2409.02060), section
+# They fall: every shared expert takes a candidate and a choice. [OLMoE](https://arxiv.org/abs/2409.02060), section
 # 4.1.3, argues from that: with one of 32 shared, "almost 90%" of the combinations are gone.
 
 # %%
@@ -243,27 +246,21 @@ def moe_with_shared(x, routing, expert, shared):
 
 
 # %% [markdown]
-# **Check it** against the package's layer, which keeps all shared experts as one FFN. Cut that one in two:
+# **Check it** against the package's layer, which keeps its two shared experts as one FFN:
 
 # %%
 torch.manual_seed(0)
 layer, tokens = MoE(eight.but(**cut_finer(eight, 4, n_shared=2))), torch.randn(50, 64)
-w = [layer.shared.ffn.get_parameter(f"w_{name}.weight") for name in ("gate", "up", "down")]
-two = [
-    lambda x, half=half: swiglu(x, w[0][half], w[1][half], w[2][:, half])
-    for half in (slice(0, 16), slice(16, 32))
-]
-theirs, choice = layer(tokens)
-for shared in ([layer.shared], two):
-    mine = moe_with_shared(tokens, choice, layer.experts.one, shared)
-    print(len(shared), "shared, equal:", torch.allclose(mine, theirs, atol=1e-4))
+theirs, routing = layer(tokens)
+mine = moe_with_shared(tokens, routing, layer.experts.one, [layer.shared])
+print("equal:", torch.allclose(mine, theirs, atol=1e-4))
 
 # %% [markdown]
 # By section 1, how many one counts is a matter of taste: Qwen1.5-MoE's "four shared experts" are
 # [one](https://huggingface.co/Qwen/Qwen1.5-MoE-A2.7B/discussions/4), four times as wide.
 #
-# **A trap.** Share one of two chosen experts: 1 of 7 is chosen. **Predict** what the router learns if all else stays,
-# weights divided by their sum.
+# **A trap.** Share one of two chosen experts: 1 of 7 is chosen. **Predict** what the router learns if all else stays:
+# weights are divided by their sum.
 
 
 # %%
@@ -284,7 +281,7 @@ for normalise in (True, False):
 
 # %% [markdown]
 # Nothing: one weight, divided by itself, is 1 (notebook 02, section 6). Whoever shares the second of two choices has to
-# leave the weights bare.
+# leave the weights bare, `normalise=False`. Remember that in section 7.
 #
 # ### With a gate
 #
@@ -324,29 +321,37 @@ def gated_shared(x, shared, w_gate):
 # **Predict** the gate of a fresh layer whose `w_gate` is zero, and what a softmax in its place would give:
 
 # %%
+x = torch.tensor([[1.0, 2.0]])  # one token
 for name, gate in {"zero": torch.zeros(1, 2), "large": torch.tensor([[3.0, 3.0]])}.items():
     opened = gated_shared(x, lambda rows: torch.ones_like(rows), gate)[0, 0].item()
     softmax = (x @ gate.T).softmax(-1).item()
     print(f"{name:<6} w_gate: sigmoid {opened:.3f}, softmax {softmax:.3f}")
 
 # %% [markdown]
+# Half open. A softmax of one number is always 1: a gate that never shuts, and never learns.
+#
 # ## 5 How loud is the routed path?
 #
-# The shared path counts in full. The routed weights sum to one, and that is quieter than it sounds: outputs of different
-# experts point different ways, and partly cancel. **Predict** how long the sum of eight is, each of length 1 and
-# weight 1/8.
+# The shared path counts in full. The routed weights sum to one, however many there are. **Predict:** how loud is the
+# routed path of a fresh layer if every expert is cut in four: as before, a half, a quarter?
 
 # %%
 torch.manual_seed(0)
-for k in (1, 2, 4, 8):
-    outputs = F.normalize(torch.randn(2000, k, 64), dim=-1)  # directions at random
-    length = (outputs / k).sum(1).norm(dim=-1).mean().item()
-    print(f"k = {k}: length {length:.2f}, and 1 / sqrt(k) is {1 / math.sqrt(k):.2f}")
+tokens, loud = torch.randn(1000, 64), {}
+for m in (1, 2, 4, 8):
+    torch.manual_seed(0)
+    y, _ = MoE(eight.but(**cut_finer(eight, m)))(tokens)
+    loud[m] = y.norm(dim=1).mean().item()
+    print(f"m = {m}: {loud[m] / loud[1]:.2f} times; 1 / sqrt(m) is {1 / math.sqrt(m):.2f}")
 
 # %% [markdown]
-# The finer one cuts, the quieter. So a **scaling factor** multiplies the weights. Moonlight's authors chose the one that
-# undoes this for random logits, the mean of $1/\sqrt{\sum_k w_k^2}$ ([Liu et al. 2025](https://arxiv.org/abs/2502.16982),
-# appendix C). By their rule, and as published:
+# About a half. Weights are m times smaller, and outputs of different experts partly cancel. So a **scaling factor**
+# multiplies them, for stable training ([DeepSeek-V2](https://arxiv.org/abs/2405.04434), section 3.1.2).
+#
+# ### What factor? (*optional*)
+#
+# Moonlight's is the mean of $1/\sqrt{\sum_k w_k^2}$ at random logits ([appendix C](https://arxiv.org/abs/2502.16982)), with
+# the chosen experts' weights $w_k$; for K equal ones $\sqrt K$. By this rule, and as published:
 
 # %%
 models = {  # experts, of these chosen, scores, published factor
@@ -364,22 +369,21 @@ for name, (n_experts, k, kind, published) in models.items():
     print(f"{name:<12} by the rule {rule:>5.2f}   published {published}")
 
 # %% [markdown]
-# Two agree, V3 is near, V2's bare softmax weights need far more, and DeepSeekMoE has none. DeepSeek say that it is for
-# stable training ([V2](https://arxiv.org/abs/2405.04434), section 3.1.2). Applied twice, it took DeepSeek-R1 from 95 % to
-# 66 % on school maths ([vLLM #24119](https://github.com/vllm-project/vllm/pull/24119)).
+# Two of five agree, V3 is near. V2's is larger; DeepSeekMoE trained without one. Applied twice, the factor took DeepSeek-R1
+# from 95 % to 66 % on school maths ([vLLM #24119](https://github.com/vllm-project/vllm/pull/24119)).
 #
 # ## 6 DeepSeek-V3's whole router
 #
-# Its groups follow the lower rule of notebook 02's picture:
+# It limits a token to few groups of experts, by the lower rule of this picture from notebook 02:
 
 # %%
 one_token = torch.tensor([0.9, 0.1, 0.0, 0.5, 0.7, 0.6, 0.4, 0.5, 0.1, 0.2, 0.3, 0.8])
 viz.draw_groups(one_token, n_groups=4, groups_kept=2, top_k=3)
 
 # %% [markdown]
-# All of [DeepSeek-V3](https://arxiv.org/abs/2412.19437), section 2.1.2:
+# All of [DeepSeek-V3](https://arxiv.org/abs/2412.19437), section 2.1.2, for `router_logits` (T, E):
 #
-# | step | |
+# | step | what it does |
 # |---|---|
 # | score | the sigmoid of each logit |
 # | bias | add `selection_bias` (E,) for choosing: groups **and** experts |
@@ -390,7 +394,7 @@ viz.draw_groups(one_token, n_groups=4, groups_kept=2, top_k=3)
 #
 # ### Exercise 6.5 · DeepSeek-V3's router
 #
-# ●●● · 10 minutes · about eight lines · Return `weights, experts`, both (T, K), experts int64. No two scores are equal.
+# ●●● · 15 minutes · about eight lines · Return `weights, experts`, both (T, K), experts int64. No two scores are equal.
 # Write it in plain torch: you have met every step in notebook 02.
 #
 # <details><summary>Hint 1</summary>
@@ -448,8 +452,9 @@ print("weights as the package's:", torch.allclose(weights, package.topk_weights)
 print(f"all weights sum to 2.5: {torch.allclose(weights.sum(1), torch.tensor(2.5))}")
 
 # %% [markdown]
-# **Break it.** Three mistakes that shipped. **Predict** for each: for how many of 1,000 tokens is the result wrong? And if
-# all biases are lower by 1?
+# **Break it.** Three mistakes that shipped: a group is worth its **best score**; other groups are **masked with 0**; the
+# **bias is in the weights**. **Predict** for each: for how many of 1,000 tokens is the result wrong? And if all biases
+# are lower by 1?
 
 
 # %%
@@ -476,13 +481,14 @@ for mistake, n in wrong_tokens(bias).items():
     print(f"{mistake:<20}{n:>17}{lower[mistake]:>9}")
 
 # %% [markdown]
-# A zero does harm only where biased scores lie below it. In the released DeepSeek-V3 every bias is above 2
-# ([counted](https://github.com/huggingface/transformers/pull/45441)): there that bug sleeps. vLLM had all three
+# The bias spoils all weights. A common shift moves no order: 570 stay. A zero harms only where scores lie below it: 0 tokens, then 623. In the
+# released DeepSeek-V3 every bias is above 2 ([counted](https://github.com/huggingface/transformers/pull/45441)): that bug
+# sleeps. vLLM had all three
 # ([#13474](https://github.com/vllm-project/vllm/pull/13474), [#12002](https://github.com/vllm-project/vllm/pull/12002)).
 #
-# ### One layer, four models
+# ### One layer, four models (*optional*)
 #
-# Four released designs, as settings of one layer: what makes the family, and what is set beside it.
+# Four released designs as settings of one layer (empty: the default):
 
 # %%
 from moe_lab.hugging_face import to_hugging_face
@@ -497,8 +503,12 @@ SETTINGS = {
 }
 families = ("deepseek_v2", "deepseek_v2", "deepseek_v3", "qwen2_moe")
 FAMILY = dict(zip(SETTINGS, families, strict=True))
-for name, settings in SETTINGS.items():
-    print(f"{name:<12}", MOE_FAMILIES[FAMILY[name]] | settings)
+RULES = {name: MOE_FAMILIES[FAMILY[name]] | SETTINGS[name] for name in SETTINGS}
+print(f"{'':<17}" + "".join(f"{name:>13}" for name in RULES))
+for field in dict.fromkeys(field for rule in RULES.values() for field in rule):
+    print(
+        f"{field:<17}" + "".join(f"{rule.get(field, '')!s:>13}" for rule in RULES.values())
+    )
 
 # %% [markdown]
 # **Check them** against Hugging Face's classes. (There is none for DeepSeekMoE: V2's, choosing greedily, with factor 1,
@@ -532,8 +542,7 @@ THEIRS = {
 }
 
 # %%
-for name, settings in SETTINGS.items() if DeepseekV2Moe else ():
-    rule = MOE_FAMILIES[FAMILY[name]] | settings
+for name, rule in RULES.items() if DeepseekV2Moe else ():
     torch.manual_seed(0)
     layer = MoE(MoEConfig(d_model=16, d_ff=24, n_experts=8, top_k=3, **rule))
     if layer.router.selection_bias is not None:
@@ -546,7 +555,8 @@ for name, settings in SETTINGS.items() if DeepseekV2Moe else ():
     print(f"{name:<12} one layer, equal to {type(block).__name__}: {same}")
 
 # %% [markdown]
-# The package's tests compare every gradient, too. At their real sizes, one layer of each:
+# The package's tests compare every gradient, too. At their real sizes, one layer of each. (Groups take combinations away:
+# V3 has fewer than your count of 8 of 256.)
 
 # %%
 from moe_lab.accounting import combinations as ways_in_groups
@@ -568,7 +578,8 @@ for name, (*numbers, more) in REAL.items():
 # ## 7 What does it win, here?
 #
 # Seven layers of equal total and active size (but for the router) in our language model, 500 steps, five seeds each,
-# recorded by `benchmarks/experiments/shared_experts.py`. Remember your second prediction.
+# recorded by `benchmarks/experiments/shared_experts.py`. By the trap of section 4, the two that choose just one expert
+# have **bare weights**; in the others weights sum to one. Remember your second prediction.
 
 # %%
 from moe_lab.experiments import load_results
@@ -590,7 +601,9 @@ viz.bands(
     x="experts, and what a token uses of them",
     y="bits per byte, held out",
     title="Finer and shared, equal size: a dot a seed (the axis spans .05 bits)",
-    alt="Seven groups of five dots that overlap. No mean is more than .03 above another.",
+    alt="Seven groups of five dots about the dotted line at the mean of eight experts. 16 experts "
+    "lie just below it, seven with one chosen and one shared clearly above.",
+    level=("mean of 8", coarse.mean().item()),
 )
 
 # %%
@@ -598,18 +611,19 @@ gain = coarse.mean().item() - min(results.band(name)[1] for name in results.vari
 print(f"You said {my_gain} bits per byte; the best of the cuts wins {gain:.3f}.")
 
 # %% [markdown]
-# A null. The most, .007 ± .004 (deviation over seeds), is the best of six tries: a hint at most. Clear is one loss:
-# sharing one of just two chosen, so 7 combinations for 28, costs .02. Reported at scale:
+# No gain that we can see: .007 ± .004 (over seeds) is the best of six. A clear loss: .020 ± .007 for 1 chosen, 1
+# shared. By fewer combinations, or bare weights? The gated one has both, and loses .003 ± .010: these runs do not tell.
+# At scale:
 #
 # | who | cut finer | shared |
 # |---|---|---|
-# | [DeepSeekMoE](https://arxiv.org/abs/2401.06066), section 4.4: 2 B, 100 B tokens | better, the finer the more | better on most tasks |
+# | [DeepSeekMoE](https://arxiv.org/abs/2401.06066), section 4.4: 2 B, 100 B tokens | better, and better still when finer | better on most tasks |
 # | [OLMoE](https://arxiv.org/abs/2409.02060), 4.1.2 and 4.1.3: 130 B tokens | 8 to 32 experts some 10 % on two tasks, 32 to 64 only 1 to 2 % | slightly worse |
-# | [Krajewski et al. 2024](https://arxiv.org/abs/2402.07871) | experts as wide as the FFN are best at almost no budget | – |
+# | [Krajewski et al. 2024](https://arxiv.org/abs/2402.07871) | at hardly any training budget are experts as wide as the FFN the best choice | – |
 # | [Qwen3](https://arxiv.org/abs/2505.09388), section 2 | kept | dropped, no figures given |
 # | this course at 10 M parameters and more | not run yet: it needs a GPU (`benchmarks/README.md`) | not run yet |
 #
-# **Now a run of your own**, with a seed that was not recorded: a quarter of a minute or so.
+# **Your own run**, half a minute, a new seed, no cure for imbalance:
 
 # %%
 from moe_lab.data import load_corpus, validation_batch
@@ -645,15 +659,21 @@ def bits(model, limit=128):
     return mean_bits(evaluate(model, corpus.val, limit=limit))
 
 
-least, _, largest = results.band(SHARED)
+# %% tags=["nbval-ignore-output"]
+least, mean, largest = results.band(SHARED)
 mine = bits(model)
-print("in the recorded band, give or take 0.03:", least - 0.03 < mine < largest + 0.03)
+print(
+    f"five recorded seeds: {least:.3f} to {largest:.3f}, mean {mean:.3f}; yours: {mine:.3f}"
+)
+print("within 0.03 of their mean:", abs(mine - mean) < 0.03)
 
 # %% [markdown]
+# A sixth seed may well lie outside of what five have shown; .03 is more than the spread of the five.
+#
 # ## 8 Silence an expert
 #
 # What are shared and routed experts for? DeepSeekMoE's authors switched them off, and measured (section 4.5). So will you,
-# with your model. A hook changes what a part of every layer gives:
+# with your model. This hook changes what a part of every layer gives:
 
 
 # %%
@@ -704,77 +724,59 @@ def without_best(routing, n):
 
 
 # %% [markdown]
-# Four changes of a routing:
+# **Predict** what costs most, and least:
+#
+# - *the shared silent*: its output is zero;
+# - *the same, one more routed*: the two best experts in its place, as in the paper;
+# - *the routed silent*: their weights are zero;
+# - *the next best*: the best expert is masked, the next takes its place.
 
 
 # %%
 def silent(routing):
-    """No routed expert counts."""
     return dataclasses.replace(routing, topk_weights=0 * routing.topk_weights)
 
 
-def next_best(routing):
-    """The best expert is masked, the next best takes its place."""
-    weights, experts = without_best(routing, 1)
-    return dataclasses.replace(routing, topk_weights=weights, topk_experts=experts)
-
-
 def one_more(routing):
-    """The two best experts in place of the best."""
     experts = best_k(routing.router_scores, 2)
     weights = weigh(routing.router_scores, experts, normalise=False)
     return dataclasses.replace(routing, topk_weights=weights, topk_experts=experts)
 
 
-def any_other(routing):
-    """Another expert, drawn at random, with the weight of the best."""
-    shift = torch.randint(1, 7, routing.topk_experts.shape)
-    return dataclasses.replace(routing, topk_experts=(routing.topk_experts + shift) % 7)
+def next_best(routing):
+    weights, experts = without_best(routing, 1)
+    return dataclasses.replace(routing, topk_weights=weights, topk_experts=experts)
 
-
-# %% [markdown]
-# **Predict** the order of these six: what costs most, what next to nothing?
 
 # %%
 changes = {
-    "one more\nrouted": {"router": one_more},
     "the shared\nsilent": {"shared": torch.zeros_like},
     "the same, one\nmore routed": {"shared": torch.zeros_like, "router": one_more},
     "the routed\nsilent": {"router": silent},
     "the next\nbest": {"router": next_best},
-    "any other": {"router": any_other},
 }
-torch.manual_seed(0)
 as_trained, lost = bits(model, 64), {}
 for name, change in changes.items():
     with changed(**change):
         lost[name] = bits(model, 64) - as_trained
-
-# %%
 viz.bars(
     lost,
     title="What the trained model loses, with a change in both layers",
     y="bits per byte lost",
-    alt="Six bars. One more routed expert costs next to nothing. Without its shared expert or "
-    "without its routed ones the model loses about half a bit, with the next best expert as "
-    "much. Any other expert costs most.",
+    alt="Four bars of half a bit, more or less: the shared expert silent; the same with one more "
+    "routed, a little lower; the routed experts silent; the next best in place of the best.",
 )
 
 # %%
-more, gone, replaced, none, following, other = lost.values()
-print("one more routed expert helps by 0.02:     ", more < -0.02)
-print("without the shared one 0.3 are lost:      ", gone > 0.3)
-print("one more routed makes up for half of that:", replaced < gone / 2)
-print("the next best is much better than none:   ", following < none - 0.1)
-print("any other is worse than none:             ", other > none)
+print("each of the four costs more than 0.3 bits per byte:", min(lost.values()) > 0.3)
 
 # %% [markdown]
-# Nothing stands in for the shared expert, as in the paper (1.808 to 2.414). But a model leans on
-# what it was trained with: no proof that sharing wins. The next best is worth no more than none, any other less.
+# Half a bit, more or less. One more routed expert hardly replaces the shared one (in the paper, 1.808 becomes 2.414); the
+# next best helps no more than none. But a model leans on what it was trained with: no proof that sharing wins.
 #
-# ## 9 What finer costs
+# ## 9 What finer costs (*optional*)
 #
-# **Predict:** eight pieces an expert. How many times as long is a training step?
+# **Predict:** at eight pieces an expert, how many times as long is a step?
 
 # %%
 shapes = {m: bench.Shape(2048, 64, 64 // m, 8 * m, top_k=2 * m) for m in (1, 2, 4, 8)}
@@ -792,33 +794,34 @@ viz.growth(
     title="A training step of one layer, equal active and total size",
     x="experts E; a token chooses a quarter of them",
     y="time (1 = whole layer at E = 8)",
-    alt="All curves rise with the number of experts: router, dispatch and experts, and with "
-    "them the whole layer, which takes several times as long at 64 experts as at eight.",
+    alt="Four curves over the number of experts: the whole layer, and router, dispatch and experts "
+    "timed apart. From eight to 64 experts the whole layer takes several times as long.",
 )
 
-# %%
+# %% tags=["nbval-ignore-output"]
 longer = timings["whole layer", 8].low / timings["whole layer", 1].low
-print("64 small experts take half as long again as 8 large ones:", longer > 1.5)
+print(
+    f"on this machine, 64 small experts take about {round(2 * longer) / 2:g} times as long as 8"
+)
 
 # %% [markdown]
-# With no expert FLOP more: 16 copies of a token travel in place of 2, matrices are 8 wide, the router scores 64. Between
-# machines copies are traffic, hence groups. A **shared** expert needs none.
+# With no expert FLOP more: 16 copies of a token travel in place of 2, matrices are 8 wide, the router scores 64. (Parts,
+# timed apart, do not quite add up.) For a **shared** expert nothing is copied.
 #
-# ## 10 Add an expert
+# ## 10 Add an expert (*optional*)
 #
-# *"Experts can be added without retraining."* **Predict** what an untrained eighth one does to your model.
+# *"Experts can be added without retraining."* **Predict** what an untrained eighth one does.
 
 # %%
 bigger = config.but(moe=config.moe.but(n_experts=8))
 fits = LM(bigger).state_dict()
-rows = torch.cat([layer.router.weight.norm(dim=1) for layer in model.moe_layers])
-print("the router's rows are 0.8 to 2 long:", bool(rows.min() > 0.8 and rows.max() < 2))
 for name, tensor in model.state_dict().items():
     if tensor.shape != fits[name].shape:
         print(f"{name:<28}{list(tensor.shape)} does not fit {list(fits[name].shape)}")
 
 # %% [markdown]
-# It needs weights, and a row in the router. Give that a direction of its own, and more and more length:
+# It needs weights, and a row in the router. Give that a direction of its own, and more and more length. Trained rows are
+# 0.8 to 2 long:
 
 
 # %%
@@ -843,27 +846,29 @@ def use_and_loss(grown):
 
 
 # %%
+rows = torch.cat([layer.router.weight.norm(dim=1) for layer in model.moe_layers])
+print("trained rows are 0.8 to 2 long:", bool(rows.min() > 0.8 and rows.max() < 2))
 lengths = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0]
 used, cost = zip(*map(use_and_loss, map(with_new_expert, lengths)), strict=True)
-for i in (0, 5):
-    print(f"a row of length {lengths[i]:g}")
-    print("    over 5 % of the tokens use the new expert:", used[i] > 5)
-    print("    over 0.01 bits per byte lost:             ", cost[i] > 0.01)
+print("length 0: fewer than 5 % of the tokens use it:        ", used[0] < 5)
+print(
+    "length 3: more do, and over 0.01 bits per byte are lost:",
+    used[5] > 5 and cost[5] > 0.01,
+)
 viz.lines(
-    {"lost": (lengths, [1000 * loss for loss in cost])},
+    {"lost": (lengths, cost)},
     title="An untrained expert in a trained layer",
     x="length of its row in the router (trained rows: 0.8 to 2)",
-    y="bits per 1,000 bytes lost",
+    y="bits per byte lost",
     markers=True,
-    alt="A curve that is flat at zero up to a length of about one, and climbs ever more steeply "
-    "from there.",
+    alt="A curve that is flat at zero up to a length of about one, and climbs from there.",
 )
 
 # %% [markdown]
 # Without a row nobody comes, and an expert without tokens learns nothing. With a long row tokens come, to one that knows
 # nothing. So it takes training.
 #
-# ### And with training? (*optional*)
+# ### And with training?
 #
 # A hundred steps more with the new expert, and, to be fair, without. **Predict** which is better.
 
@@ -875,11 +880,14 @@ after = {}
 for name, one in {"grown": grown, "old": old}.items():
     train(one, corpus.train, more)
     after[name] = bits(one, 64)
-print("the jump is healed:", after["grown"] < as_trained + 0.005)
-print("better than the old one, trained on:", after["grown"] < after["old"] - 0.01)
+
+# %% tags=["nbval-ignore-output"]
+print(
+    f"before {as_trained:.3f}; trained on: grown {after['grown']:.3f}, old {after['old']:.3f}"
+)
 
 # %% [markdown]
-# Healed, and no gain in a hundred steps.
+# Healed. But the old one is a hundredth ahead in the run shown (one seed).
 #
 # ## What real models do
 #
@@ -895,12 +903,13 @@ print("better than the old one, trained on:", after["grown"] < after["old"] - 0.
 # | Kimi-K2 (2025) | 8 of 384 | 1 | – | 2.827 | [config](https://huggingface.co/moonshotai/Kimi-K2-Instruct/blob/main/config.json) |
 # | Qwen3.5 (2026) | 8 of 256 | 1 | yes | 1 | [transformers](https://huggingface.co/docs/transformers/model_doc/qwen3_5_moe) |
 #
-# Fine experts are agreed upon; shared ones Qwen had, dropped, and has again.
+# Fine experts stayed; shared ones Qwen had, dropped, and has again.
 #
 # ## Recap
 #
-# - Finer at equal size: more combinations, more copies. A gain at scale, none here.
-# - The shared path has no weight, at most a gate; a factor may make the routed one as loud.
+# - Finer: more combinations, more copies. A gain at scale, none seen here.
+# - The shared path has at most a gate.
+# - One weight, normalised, is 1: no router learns.
 # - DeepSeek-V3's bias chooses, and never weighs.
 
 # %%

@@ -52,18 +52,22 @@ def _ways(moe: MoEConfig) -> str:
     return f"{combinations(moe):,} combinations"
 
 
-def draw_cut(layers: Mapping[str, MoEConfig], *, title: str = "What one token uses") -> Picture:
-    """Layers one under the other, each cut into its experts; what one token uses is filled."""
+def draw_cut(moe: MoEConfig, cuts: Mapping[str, tuple[int, int]], *, title: str = "What one token uses") -> Picture:
+    """A layer cut in several ways, one under the other; what one token uses is filled.
+
+    Args:
+        cuts: by name, into how many pieces every expert is cut, and how many of all pieces are shared.
+    """
+    layers = {name: moe.but(**cut_finer(moe, m, n_shared)) for name, (m, n_shared) in cuts.items()}
     with mpl.rc_context(STYLE):
         figure, axes = new_axes(9.4, 0.75 + 0.82 * len(layers))
-        for row, (name, moe) in enumerate(layers.items()):
-            _strip(axes, -row, moe)
-            axes.text(0, HEIGHT / 2 + 0.06 - row, f"{name}: {_named(moe)}", va="bottom", fontsize=10)
-            axes.text(WIDTH, HEIGHT / 2 + 0.06 - row, _ways(moe), va="bottom", ha="right", fontsize=10)
-        _legend(axes, any(moe.n_shared_experts for moe in layers.values()), -len(layers) + 0.45)
+        for row, (name, cut) in enumerate(layers.items()):
+            _strip(axes, -row, cut)
+            axes.text(0, HEIGHT / 2 + 0.06 - row, f"{name}: {_named(cut)}", va="bottom", fontsize=10)
+        _legend(axes, any(cut.n_shared_experts for cut in layers.values()), -len(layers) + 0.45)
         axes.set(xlim=(-0.5, WIDTH + 0.5), ylim=(-len(layers) + 0.25, 0.62), title=title)
         axes.axis("off")
-        told = "; ".join(f"{name}: {_named(moe)}, {_ways(moe)}" for name, moe in layers.items())
+        told = "; ".join(f"{name}: {_named(cut)}" for name, cut in layers.items())
         return Picture(figure, f"Strips of equal length, each cut into the experts of a layer. {told}.")
 
 
@@ -90,9 +94,12 @@ def _legend(axes: Axes, with_shared: bool, y: float) -> None:
 def draw_shared_path(gated: bool = False) -> Picture:
     """The way of a token through routed experts, with weights, and through the shared one, without; or with a gate."""
     with mpl.rc_context(STYLE):
-        figure, axes = _canvas(9.2, 3.5, 12.6, 4.8)
+        figure, axes = _canvas(9.2, 3.5 if gated else 2.9, 12.6, 4.8)
+        if not gated:
+            axes.set_ylim(bottom=4.8 * (1 - 2.9 / 3.5))  # nothing below the shared expert
         axes.text(0.1, 2.2, "token\nx", va="center")
-        _arrow(axes, (0.8, 2.3), (1.35, 3.05))
+        axes.plot(0.8, 2.18, "o", color=INK, markersize=5)
+        _arrow(axes, (0.8, 2.18), (1.35, 3.05))
         _box(axes, 2.1, 3.2, "router", PURPLE, 1.4)
         for expert in range(3):
             y, chosen = 4.3 - 0.8 * expert, expert != 1
@@ -105,12 +112,12 @@ def draw_shared_path(gated: bool = False) -> Picture:
                 _arrow(axes, (9.3, y), (10.4, 2.42 if expert == 0 else 2.3))
             else:
                 axes.plot([2.85, 4.15], [3.2, y], color=GREY, linewidth=1, linestyle=":")
-        _arrow(axes, (0.8, 2.05), (4.15, 1.2))
+        _arrow(axes, (0.8, 2.18), (4.15, 1.2))
         _box(axes, 5.0, 1.2, "shared", BLUE, 1.6, 0.6)
         if gated:
             axes.plot([5.85, 9.3], [1.2, 1.2], color=INK, linewidth=1.4)
             _plus(axes, 7.6, 1.2, "×")
-            _arrow(axes, (0.6, 1.85), (4.15, 0.35), bend=0.12)
+            _arrow(axes, (0.8, 2.18), (4.15, 0.35), bend=0.12)
             _box(axes, 5.0, 0.32, "gate", GREEN, 1.6, 0.46)
             _arrow(axes, (5.85, 0.32), (7.45, 1.03))
             axes.text(6.9, 0.3, "sigmoid: one number, 0 to 1", va="center", fontsize=9.5)

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 
 from moe_lab import viz
-from moe_lab.accounting import combinations, cut_finer, moe_parameters, router_parameters
+from moe_lab.accounting import cut_finer, moe_parameters, router_parameters
 from moe_lab.viz.sharing import CHOSEN, CutExplorer, pieces, spread
 
 WHOLE = CutExplorer.WHOLE
@@ -46,20 +46,23 @@ def test_equally_cut_layers_use_equally_much():
     assert shares == pytest.approx([0.25] * 3)
 
 
-def test_layers_are_drawn_with_their_numbers(drawn):
-    shown = viz.draw_cut(LAYERS)
+def test_layers_are_drawn_with_what_a_token_uses(drawn):
+    shown = viz.draw_cut(WHOLE, {"whole": (1, 0), "cut": (4, 0), "some shared": (4, 2)})
     texts = {text.get_text() for text in drawn[0].axes[0].texts}
     assert {"whole: 2 of 8", "cut: 8 of 32", "some shared: 6 of 30, and 2 shared"} <= texts
-    assert {f"{combinations(moe):,} combinations" for moe in LAYERS.values()} <= texts
     assert "shared: every token uses it" in texts
-    assert "cut: 8 of 32, 10,518,300 combinations" in shown.alt
+    assert "cut: 8 of 32; some shared: 6 of 30, and 2 shared" in shown.alt
     swatches = 3
-    n_pieces = sum(moe.n_experts + moe.n_shared_experts for moe in LAYERS.values())
-    assert len(drawn[0].axes[0].patches) == n_pieces + swatches
+    assert len(drawn[0].axes[0].patches) == 8 + 32 + 32 + swatches
+
+
+def test_the_picture_gives_no_prediction_away(drawn):
+    shown = viz.draw_cut(WHOLE, {"cut": (4, 0)})
+    assert "combinations" not in " ".join([shown.alt, *(text.get_text() for text in drawn[0].axes[0].texts)])
 
 
 def test_no_shared_expert_is_explained_where_there_is_none(drawn):
-    viz.draw_cut({"whole": WHOLE})
+    viz.draw_cut(WHOLE, {"whole": (1, 0)})
     assert not any("every token" in text.get_text() for text in drawn[0].axes[0].texts)
     chosen = [patch for patch in drawn[0].axes[0].patches if patch.get_linewidth() == CHOSEN["linewidth"]]
     assert len(chosen) == WHOLE.top_k + 1  # and the swatch

@@ -58,8 +58,16 @@ THROUGH_A_FLOAT = (
 )
 
 
+NO_WHOLE_NUMBER = (
+    "A float came back. It is a count: use whole numbers throughout, `//` in place of `/`. The largest case has more "
+    "digits than a float holds, so that turning it into an int at the end comes too late."
+)
+
+
 def _run_count(solution: Callable, case: Case) -> Any:
     count, right = solution(*case.args), accounting.combinations(*case.args)
+    if isinstance(count, float) and math.isfinite(count):
+        raise Refused(NO_WHOLE_NUMBER)
     if isinstance(count, int) and count != right and abs(count - right) < 1e-9 * right:
         raise Refused(THROUGH_A_FLOAT)
     return count
@@ -87,8 +95,7 @@ COMBINATIONS = Exercise(
         Mistake(
             name="not a whole number",
             wrong=_counted(lambda e, k, s: math.factorial(e) / (math.factorial(k) * math.factorial(e - k))),
-            says="A float came back. It is a count: use whole numbers throughout, `//` in place of `/`. The largest "
-            "case has more digits than a float holds.",
+            says=NO_WHOLE_NUMBER,
         ),
         Mistake(
             name="the order counts",
@@ -182,6 +189,15 @@ def _cut(
     return wrong
 
 
+AS_MANY_CHOSEN = (
+    "`top_k` was not multiplied by m. The pieces are smaller, so that a token which chooses as many of them as before "
+    "uses an m-th of what it used: less work, and no fair comparison. Only then take off the shared ones."
+)
+AS_MANY_EXPERTS = (
+    "`n_experts` was not multiplied by m: one piece of every expert is left, and the layer holds an m-th of its "
+    "parameters. Every expert falls into m pieces; only then take off the shared ones."
+)
+
 CUT_FINER = Exercise(
     id="6.2",
     title="the same size, cut finer",
@@ -194,17 +210,17 @@ CUT_FINER = Exercise(
             says="The width is a float: `/` gives one even where it divides evenly, and no matrix is 6.0 wide. `//` "
             "gives a whole number.",
         ),
+        Mistake(name="as many chosen as before", wrong=_cut(top_k=lambda k, m, s: k), says=AS_MANY_CHOSEN),
         Mistake(
-            name="as many chosen as before",
-            wrong=_cut(top_k=lambda k, m, s: k - s if k > s else k),
-            says="`top_k` was not multiplied by m. The pieces are smaller, so that a token which chooses as many of "
-            "them as before uses an m-th of what it used: less work, and no fair comparison.",
+            name="as many chosen as before, less the shared",
+            wrong=_cut(top_k=lambda k, m, s: k - s),
+            says=AS_MANY_CHOSEN,
         ),
+        Mistake(name="as many experts as before", wrong=_cut(n_experts=lambda e, m, s: e), says=AS_MANY_EXPERTS),
         Mistake(
-            name="as many experts as before",
+            name="as many experts as before, less the shared",
             wrong=_cut(n_experts=lambda e, m, s: e - s),
-            says="`n_experts` was not multiplied by m: one piece of every expert is left, and the layer holds an m-th "
-            "of its parameters. Every expert falls into m pieces.",
+            says=AS_MANY_EXPERTS,
         ),
         Mistake(
             name="the width stays",
@@ -369,6 +385,11 @@ def _routed_reads_shared(x: Tensor, routing: Routing, expert: Expert, shared: Se
     return common + moe_loop(common, routing, expert)
 
 
+def _routed_reads_both(x: Tensor, routing: Routing, expert: Expert, shared: Sequence[Function]) -> Tensor:
+    common = sum(one(x) for one in shared)
+    return common + moe_loop(x + common, routing, expert)
+
+
 def _weights_of_routed(x: Tensor, routing: Routing, expert: Expert, shared: Sequence[Function]) -> Tensor:
     weighed = sum(routing.dense_weights[:, i, None] * one(x) for i, one in enumerate(shared))
     return moe_loop(x, routing, expert) + weighed
@@ -412,6 +433,12 @@ MOE_WITH_SHARED = Exercise(
             name="the routed reads what the shared gave",
             wrong=_routed_reads_shared,
             says="Your routed experts read the shared experts' output. Both paths start from the token, side by side.",
+        ),
+        Mistake(
+            name="the routed reads the token and what the shared gave",
+            wrong=_routed_reads_both,
+            says="Your routed experts read the token plus what the shared experts gave: one FFN after the other. Both "
+            "paths start from the token alone, side by side.",
         ),
         Mistake(
             name="shared experts one after the other",
@@ -584,6 +611,12 @@ GATED_SHARED = Exercise(
             "it, from 0 to 1.",
         ),
         Mistake(
+            name="silu for a sigmoid",
+            wrong=_gated(lambda number, y: F.silu(number) * y),
+            says="`silu` is the number times its sigmoid: it grows without bound and shuts at zero. The gate is the "
+            "sigmoid itself, a share from 0 to 1.",
+        ),
+        Mistake(
             name="the gate turned round",
             wrong=_gated(lambda number, y: (1 - torch.sigmoid(number)) * y),
             says="Your gate is one minus the sigmoid. It would train as well, but a released model's gates would be "
@@ -684,7 +717,7 @@ def _router_cases() -> list[Case]:
     return [
         case("one token, both groups kept, no bias", steps, none, 2, 2, 2, 1.0),
         case("the same, times 2.5", steps, none, 2, 2, 2, 2.5),
-        case("a bias that changes the choice", steps, torch.tensor([-0.5, 0.0, 0.1, 0.6]), 2, 2, 2, 2.5),
+        case("a bias that changes the choice", steps, torch.tensor([-0.1, 0.1, 0.0, 0.7]), 2, 2, 2, 2.5),
         case("two of four groups", twelve, torch.zeros(12), 4, 2, 3, 2.5),
         case("two of four groups, with a bias", twelve, bias, 4, 2, 3, 2.5),
         case("biased scores below zero", twelve, bias - 1.5, 4, 1, 3, 2.5),
@@ -703,6 +736,40 @@ IN_PLACE = (
 )
 
 
+MASKED_WITH_0 = (
+    "All biased scores are below zero here, and your router chooses from the groups that it should leave out: it masks "
+    "them with 0 (or another number), not with -inf. A sigmoid is never below 0, but with a bias below zero it is, and "
+    "then 0 is the best score there is. DeepSeek's first code and vLLM's had the 0 (deepseek-ai/DeepSeek-V3#741, "
+    "vllm-project/vllm#13474)."
+)
+LOCAL_IDS = (
+    "You chose among the kept groups alone: your ids are places in that shorter list, not the experts' own. Keep all E "
+    "columns and mask: then a column is an expert."
+)
+
+
+def _refuse_what_ties_or_order_would_hide(experts: Any, case: Case) -> None:
+    """Tells two mistakes by what the chosen ids have in common, because their numbers differ from answer to answer.
+
+    Which of the zeros wins depends on how `topk` breaks ties, and ids within the kept groups on the order of these.
+    """
+    logits, bias, n_groups, groups_kept, *_ = case.args
+    right = deepseek_v3_router(*case.args)[1]
+    if not isinstance(experts, Tensor) or experts.dtype != torch.int64 or experts.shape != right.shape:
+        return
+    if groups_kept == n_groups or experts.min() < 0 or experts.max() >= len(bias) or torch.equal(experts, right):
+        return
+    biased = torch.sigmoid(logits.detach()) + bias
+    best = routing.best_k(_group_worth(biased.unflatten(-1, (n_groups, -1))), groups_kept)
+    size = len(bias) // n_groups
+    if biased.max() < 0 and not (experts // size == best).any():
+        raise Refused(MASKED_WITH_0)
+    if experts.max() < groups_kept * size:
+        for kept in (best, best.sort().values):
+            if torch.equal(kept.gather(1, experts // size) * size + experts % size, right):
+                raise Refused(LOCAL_IDS)
+
+
 def _run_router(solution: Callable, case: Case) -> Any:
     """Weights, experts, and the gradient that the logits get where the first choice counts once, the second twice …"""
     logits = case.args[0].requires_grad_()
@@ -710,6 +777,7 @@ def _run_router(solution: Callable, case: Case) -> Any:
     if not isinstance(result, tuple | list) or len(result) != 2:
         return result
     weights, experts = result
+    _refuse_what_ties_or_order_would_hide(experts, case)
     gradient = None
     if isinstance(weights, Tensor) and weights.requires_grad and weights.ndim == 2:
         marks = torch.arange(1, weights.shape[-1] + 1)
@@ -735,6 +803,7 @@ def _routed(
     keep: Callable[[Tensor, int], Tensor] = routing.best_k,
     fill: float = -torch.inf,
     weights_of: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+    chosen_by: Callable[[Tensor, Tensor], Tensor] = lambda grouped, plain: grouped,
     n_groups_of: Callable[[int, int], int] = lambda n_experts, n_groups: n_groups,
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     """DeepSeek-V3's router with one of its steps done in another way."""
@@ -746,7 +815,7 @@ def _routed(
         grouped, plain = (values.unflatten(-1, (n_groups, -1)) for values in (biased, scores.detach()))
         worth = worth_of(grouped, plain)
         kept = torch.zeros_like(worth, dtype=torch.bool).scatter(-1, keep(worth, groups_kept), True)
-        experts = routing.best_k(grouped.masked_fill(~kept[..., None], fill).flatten(-2), top_k)
+        experts = routing.best_k(chosen_by(grouped, plain).masked_fill(~kept[..., None], fill).flatten(-2), top_k)
         if weights_of is not None:
             return weights_of(scores, experts, bias) * factor, experts
         return routing.weigh(scores, experts, True, factor), experts
@@ -780,16 +849,24 @@ def _interleaved(
     return routing.weigh(scores, experts, True, factor), experts
 
 
-def _ids_in_kept_groups(
-    logits: Tensor, bias: Tensor, n_groups: int, groups_kept: int, top_k: int, factor: float
-) -> tuple[Tensor, Tensor]:
-    scores = torch.sigmoid(logits)
-    grouped = (scores.detach() + bias).unflatten(-1, (n_groups, -1))
-    kept = routing.best_k(_group_worth(grouped), groups_kept)
-    rows = torch.arange(len(logits))[:, None]
-    places = routing.best_k(grouped[rows, kept].flatten(1), top_k)
-    chosen = scores.unflatten(-1, (n_groups, -1))[rows, kept].flatten(1).gather(1, places)
-    return _share(chosen) * factor, places
+def _ids_in_kept_groups(in_order: Callable[[Tensor], Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
+    def wrong(
+        logits: Tensor, bias: Tensor, n_groups: int, groups_kept: int, top_k: int, factor: float
+    ) -> tuple[Tensor, Tensor]:
+        scores = torch.sigmoid(logits)
+        grouped = (scores.detach() + bias).unflatten(-1, (n_groups, -1))
+        kept = in_order(routing.best_k(_group_worth(grouped), groups_kept))
+        rows = torch.arange(len(logits))[:, None]
+        places = routing.best_k(grouped[rows, kept].flatten(1), top_k)
+        chosen = scores.unflatten(-1, (n_groups, -1))[rows, kept].flatten(1).gather(1, places)
+        return _share(chosen) * factor, places
+
+    return wrong
+
+
+def _ascending(logits: Tensor, bias: Tensor, *rule: Any) -> tuple[Tensor, Tensor]:
+    experts = deepseek_v3_router(logits, bias, *rule)[1].sort(-1).values
+    return _share(torch.sigmoid(logits).gather(-1, experts)) * rule[-1], experts
 
 
 def _exchanged(*args: Any) -> tuple[Tensor, Tensor]:
@@ -819,11 +896,12 @@ DEEPSEEK_V3_ROUTER = Exercise(
             wrong=_exchanged,
             says="Weights and experts are exchanged: return the weights first, then the experts.",
         ),
+        Mistake(name="ids within the kept groups", wrong=_ids_in_kept_groups(lambda kept: kept), says=LOCAL_IDS),
         Mistake(
-            name="ids within the kept groups",
-            wrong=_ids_in_kept_groups,
-            says="You gathered the kept groups and chose among them: your ids are places in that shorter list, not the "
-            "experts' own. Keep all E columns and mask: then a column is an expert.",
+            name="in ascending order of ids",
+            wrong=_ascending,
+            says="The right experts, in ascending order of their ids. The best choice stands first: leave them as "
+            "`topk` gives them.",
         ),
         Mistake(
             name="bias folded into the weights",
@@ -842,6 +920,17 @@ DEEPSEEK_V3_ROUTER = Exercise(
             wrong=_routed(biased_of=lambda scores, bias, logits: torch.sigmoid(logits + bias)),
             says="You add the bias before the sigmoid. It belongs on the scores (equation 16): there 0.1 means the "
             "same for every token, wherever its logits lie.",
+        ),
+        Mistake(
+            name="the bias is subtracted",
+            wrong=_routed(biased_of=lambda scores, bias, logits: scores - bias),
+            says="You subtract the bias. It is added: a positive one helps an expert that had too little work.",
+        ),
+        Mistake(
+            name="experts chosen without the bias",
+            wrong=_routed(chosen_by=lambda grouped, plain: plain),
+            says="The groups are chosen by the biased scores, but within them the experts by the bare ones. The bias "
+            "takes part in both: mask the biased scores.",
         ),
         Mistake(
             name="groups chosen without the bias",
@@ -891,13 +980,7 @@ DEEPSEEK_V3_ROUTER = Exercise(
             says="You keep the groups that are worth least: or is your mask turned round? It has to be True where "
             "something is to be filled, outside of the kept groups.",
         ),
-        Mistake(
-            name="masked with 0",
-            wrong=_routed(fill=0.0),
-            says="Experts outside of the kept groups have score 0. A sigmoid is never below, but with a bias below "
-            "zero it is, and then 0 is the best score there is. Mask with -inf. DeepSeek's first code and vLLM's had "
-            "the 0 (deepseek-ai/DeepSeek-V3#741, vllm-project/vllm#13474).",
-        ),
+        Mistake(name="masked with 0", wrong=_routed(fill=0.0), says=MASKED_WITH_0),
         Mistake(
             name="the factor is gone",
             wrong=_no_factor,
@@ -979,10 +1062,24 @@ def _ablation_cases() -> list[Case]:
     ]
 
 
+ANY_OF_EQUALS = (
+    "Of equal scores yours takes another than the lowest id. `topk` promises no order there; a sort with `stable=True` "
+    "keeps the lowest id first."
+)
+
+
 def _run_ablation(solution: Callable, case: Case) -> Any:
     result = solution(*case.args)
     if not isinstance(result, tuple | list) or len(result) != 2:
         return result
+    experts, scores = result[1], case.args[0].router_scores
+    right = without_best(*case.args)[1]
+    if isinstance(experts, Tensor) and experts.dtype == torch.int64 and experts.shape == right.shape:
+        in_range = bool(((experts >= 0) & (experts < scores.shape[1])).all())
+        if in_range and not torch.equal(experts, right):
+            equal = torch.equal(scores.gather(-1, experts), scores.gather(-1, right))
+            if equal and all(len(set(row)) == len(row) for row in experts.tolist()):
+                raise Refused(ANY_OF_EQUALS)  # which of the equals comes depends on the machine
     return {"weights": result[0], "experts": result[1]}
 
 
@@ -1070,6 +1167,12 @@ WITHOUT_BEST = Exercise(
             "the first one left is in place n.",
         ),
         Mistake(
+            name="all chosen masked",
+            wrong=_masked(ranks=lambda order, n, k: order[:, k : 2 * k]),
+            says="You mask all K chosen experts. Only the best `n` are masked: of the others some were chosen, and "
+            "stay.",
+        ),
+        Mistake(
             name="n chosen in place of K",
             wrong=_masked(ranks=lambda order, n, k: order[:, n : 2 * n]),
             says="You choose n experts. `n` says how many are masked; how many a token chooses is K, the width of "
@@ -1095,8 +1198,7 @@ WITHOUT_BEST = Exercise(
         Mistake(
             name="any of equals",
             wrong=_masked(order_of=_last_of_equals),
-            says="Of equal scores yours takes the higher id. The rule of the course is: the lowest id first "
-            "(`stable=True`).",
+            says=ANY_OF_EQUALS,
         ),
         Mistake(
             name="the weights of the masked",

@@ -151,10 +151,6 @@ def counted_out(width=None, experts=None, chosen=None, shared=None):
     return answer
 
 
-def chosen_as_before(moe, m, s):
-    return moe.top_k - s if moe.top_k > s else moe.top_k
-
-
 # 6.3 the shared path: token by token, and as one contraction.
 
 
@@ -231,6 +227,15 @@ def with_weights_of_routed(x, routing, expert, shared):
     for i, one in enumerate(shared):
         mine = ((routing.topk_experts == i) * routing.topk_weights).sum(1)[:, None]
         y = y + mine * one(x)
+    return y
+
+
+def reads_all(x, routing, expert, shared):
+    """One FFN after the other, as in a block."""
+    common = torch.stack([one(x) for one in shared]).sum(0)
+    y = common.clone()
+    for e in range(routing.n_experts):
+        y = y + routing.dense_weights[:, e, None] * expert(e, x + common)
     return y
 
 
@@ -449,6 +454,62 @@ def places_in_tensors(logits, bias, n_groups, groups_kept, top_k, factor):
     return factor * chosen / chosen.sum(1, keepdim=True), places
 
 
+def by_topk(fill, choose_by=lambda biased, scores: biased, ids=lambda experts: experts):
+    """As most people write it: `topk` throughout, and a mask repeated over each group."""
+
+    def answer(logits, bias, n_groups, groups_kept, top_k, factor):
+        scores = logits.sigmoid()
+        biased = scores + bias
+        worth = biased.view(len(logits), n_groups, -1).topk(2, dim=-1)[0].sum(dim=-1)
+        kept = torch.zeros_like(worth).scatter_(1, worth.topk(groups_kept, dim=-1)[1], 1)
+        kept = kept.repeat_interleave(logits.shape[1] // n_groups, dim=1)
+        experts = ids(fill(choose_by(biased, scores), kept.bool()).topk(top_k, dim=-1)[1])
+        weights = torch.gather(scores, 1, experts)
+        return factor * weights / weights.sum(dim=-1, keepdim=True), experts
+
+    return answer
+
+
+def multiplied(biased, kept):
+    return biased * kept
+
+
+def left_out(biased, kept):
+    return biased.masked_fill(~kept, -torch.inf)
+
+
+def kept_columns(logits, bias, n_groups, groups_kept, top_k, factor):
+    """The kept groups in the order of their ids, by a boolean index; weights by the wrong ids, too."""
+    scores = torch.sigmoid(logits)
+    grouped = (scores + bias).view(len(logits), n_groups, -1)
+    best = grouped.topk(2).values.sum(-1).topk(groups_kept).indices
+    kept = F.one_hot(best, n_groups).sum(1).bool()
+    experts = grouped[kept].view(len(logits), -1).topk(top_k).indices
+    weights = scores.gather(1, experts)
+    return factor * weights / weights.sum(1, keepdim=True), experts
+
+
+def ascending_in_lists(*args):
+    weights, experts = in_lists()(*args)
+    order = [sorted(range(len(row)), key=row.tolist().__getitem__) for row in experts]
+    rows = range(len(experts))
+    return torch.stack([weights[t, order[t]] for t in rows]), torch.stack([experts[t, order[t]] for t in rows])
+
+
+def bare_in_lists(logits, bias, n_groups, groups_kept, top_k, factor):
+    all_weights, all_experts = [], []
+    for row in logits:
+        s = torch.sigmoid(row)
+        size = len(row) // n_groups
+        groups = [range(g * size, g * size + size) for g in range(n_groups)]
+        groups.sort(key=lambda group: -sum(sorted(float(s[e] + bias[e]) for e in group)[-2:]))
+        allowed = [e for group in groups[:groups_kept] for e in group]
+        chosen = sorted(allowed, key=lambda e: -float(s[e]))[:top_k]
+        all_weights.append(factor * s[chosen] / s[chosen].sum())
+        all_experts.append(chosen)
+    return torch.stack(all_weights), torch.tensor(all_experts)
+
+
 def share_of_biased(scores, chosen, biased):
     bias = biased - scores.detach()
     return (scores + bias)[chosen] / sum((scores + bias)[e] for e in chosen)
@@ -515,6 +576,28 @@ def masked_and_chosen(routing, n):
     limited = routing.router_scores.scatter(1, order[:, :n], -1.0)
     experts = limited.sort(dim=1, descending=True, stable=True).indices[:, : routing.topk_experts.shape[1]]
     return torch.take_along_dim(routing.router_scores, experts, 1), experts
+
+
+def odd_ids_first(routing, n):
+    """Of equals any, as `topk` may take them."""
+    ids = [e for e in range(routing.n_experts) if e % 2] + [e for e in range(routing.n_experts) if e % 2 == 0]
+    order = routing.router_scores[:, ids].argsort(dim=1, descending=True, stable=True)
+    experts = torch.tensor(ids)[order][:, n : n + routing.topk_experts.shape[1]]
+    return routing.router_scores.gather(1, experts), experts
+
+
+def next_k_in_lists(routing, n):
+    k, experts = routing.topk_experts.shape[1], []
+    for row in routing.router_scores.tolist():
+        experts.append(sorted(range(len(row)), key=lambda e: -row[e])[k : k + k])
+    ids = torch.tensor(experts)
+    return routing.router_scores.gather(1, ids), ids
+
+
+def chosen_masked_in_tensors(routing, n):
+    left = routing.router_scores.scatter(1, routing.topk_experts, -1.0)
+    ids = left.sort(dim=1, descending=True, stable=True).indices[:, : routing.topk_experts.shape[1]]
+    return torch.take_along_dim(routing.router_scores, ids, 1), ids
 
 
 def swapped_in_lists(routing, n):
@@ -634,10 +717,18 @@ WRONG = {
             counted_out(width=lambda moe, m: moe.d_ff * (1 / m)),
         ],
         "as many chosen as before": [
-            changed(top_k=chosen_as_before),
-            counted_out(chosen=lambda used, s, m: len(used) // m - (s if len(used) // m > s else 0)),
+            changed(top_k=lambda moe, m, s: moe.top_k),
+            counted_out(chosen=lambda used, s, m: len(used) // m),
+        ],
+        "as many chosen as before, less the shared": [
+            changed(top_k=lambda moe, m, s: moe.top_k - s),
+            counted_out(chosen=lambda used, s, m: len(used[::m]) - s),
         ],
         "as many experts as before": [
+            changed(n_experts=lambda moe, m, s: moe.n_experts),
+            counted_out(experts=lambda pieces, s, m: len(pieces) // m),
+        ],
+        "as many experts as before, less the shared": [
             changed(n_experts=lambda moe, m, s: moe.n_experts - s),
             counted_out(experts=lambda pieces, s, m: len(pieces[::m]) - s),
         ],
@@ -698,6 +789,10 @@ WRONG = {
         "the routed reads what the shared gave": [
             all_at_once(reads=lambda x, shared: sum(one(x) for one in shared)),
             token_by_token(reads=lambda shared, row: sum(one(row) for one in shared)),
+        ],
+        "the routed reads the token and what the shared gave": [
+            token_by_token(reads=lambda shared, row: row + sum(one(row) for one in shared)),
+            reads_all,
         ],
         "shared experts one after the other": [
             chained_shared,
@@ -761,6 +856,10 @@ WRONG = {
         "the gate cannot learn": [numbers_of_gate, gate_without_grad],
         "softmax over the tokens": [over_tokens_in_a_loop, gate_in_one(join=lambda n, y: F.softmax(n, dim=0) * y)],
         "no sigmoid": [gate_row_by_row(opened=lambda number: number), gate_in_one(join=lambda n, y: n * y)],
+        "silu for a sigmoid": [
+            gate_row_by_row(opened=lambda number: number / (1 + torch.exp(-number))),
+            gate_in_one(join=lambda n, y: F.silu(n) * y),
+        ],
         "the gate turned round": [
             gate_row_by_row(opened=lambda number: 1 / (1 + torch.exp(number))),
             gate_in_one(join=lambda n, y: (-n).sigmoid() * y),
@@ -791,7 +890,11 @@ WRONG = {
     "6.5": {
         "the scores are changed in place": [added_in_place, added_by_a_method],
         "weights and experts exchanged": [exchanged_at_the_end, exchanged_from_lists],
-        "ids within the kept groups": [places_in_lists, places_in_tensors],
+        "ids within the kept groups": [places_in_lists, places_in_tensors, kept_columns],
+        "in ascending order of ids": [
+            ascending_in_lists,
+            by_topk(left_out, ids=lambda experts: experts.sort(dim=1).values),
+        ],
         "bias folded into the weights": [
             in_lists(weights=share_of_biased),
             in_tensors(weights=share_of_biased_columns),
@@ -803,6 +906,14 @@ WRONG = {
         "bias on the logits": [
             in_lists(bias_in_scores=lambda s, b, z: sigmoid(z + b)),
             in_tensors(biased_of=lambda s, b, z: (z + b).sigmoid()),
+        ],
+        "the bias is subtracted": [
+            in_lists(bias_in_scores=lambda s, b, z: s - b),
+            in_tensors(biased_of=lambda s, b, z: s - b),
+        ],
+        "experts chosen without the bias": [
+            bare_in_lists,
+            by_topk(left_out, choose_by=lambda biased, scores: scores),
         ],
         "groups chosen without the bias": [
             in_lists(worth=lambda group, plain: sum(sorted(plain)[-2:])),
@@ -839,7 +950,11 @@ WRONG = {
             in_lists(order=lambda worths: sorted(range(len(worths)), key=lambda g: worths[g])),
             in_tensors(descending=False),
         ],
-        "masked with 0": [in_lists(masked=0.0), in_tensors(masked=0.0)],
+        "masked with 0": [
+            in_lists(masked=0.0),
+            in_tensors(masked=0.0),
+            by_topk(multiplied),
+        ],
         "the factor is gone": [
             in_lists(scale=lambda w, factor: factor * w / (factor * w).sum()),
             in_tensors(scale=lambda w, factor: w),
@@ -873,6 +988,7 @@ WRONG = {
             ranked_in_lists(first=lambda n: n + 1),
             masked_one_by_one(times=lambda n: n + 1, take=lambda n, k, left: min(k, left)),
         ],
+        "all chosen masked": [next_k_in_lists, chosen_masked_in_tensors],
         "n chosen in place of K": [
             ranked_in_lists(how_many=lambda n, k, e: n),
             masked_one_by_one(take=lambda n, k, left: min(n, left)),
@@ -889,6 +1005,7 @@ WRONG = {
         "any of equals": [
             ranked_in_lists(key=lambda scores, e: (-scores[e], -e)),
             masked_one_by_one(best=last_argmax),
+            odd_ids_first,
         ],
         "the weights of the masked": [
             ranked_in_lists(weight=lambda r, ids, n: r.topk_weights.clone()),
