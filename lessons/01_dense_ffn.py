@@ -624,8 +624,12 @@ for domain, held_out in corpus.val.items():
 # each embedding with the two before it. Everything else is a Llama in miniature.
 
 # %%
-for config in (DENSE_BASELINE, BASELINE_TRAINING):
-    print("\n".join(f"{name:<16}{value}" for name, value in vars(config).items()), "\n")
+shown = {
+    DENSE_BASELINE: ("d_model", "n_layers", "n_heads", "d_ff", "conv_width"),
+    BASELINE_TRAINING: ("steps", "batch_size", "context", "learning_rate", "warmup_steps"),
+}
+for config, fields in shown.items():
+    print("\n".join(f"{name:<16}{getattr(config, name)}" for name in fields), "\n")
 
 # %% [markdown]
 # 500 steps, each on 16 windows of 64 bytes. The learning rate rises for 20 steps, then falls along a cosine. This

@@ -161,7 +161,7 @@ def load(tokens_per_expert: Tensor) -> Tensor:
 
 
 def max_violation(tokens_per_expert: Tensor) -> Tensor:
-    """MaxVio: how far the fullest expert is above the mean, as a share of it. 0 is even, E - 1 is all on one.
+    """MaxVio: how far the fullest expert is above the mean, as a share of it. 0 is even, E / k - 1 is everybody on one.
 
     Source: Wang et al. 2024, "Auxiliary-Loss-Free Load Balancing", equation 4.
     """

@@ -1,6 +1,6 @@
 """Pictures: charts, drawings and live explorers. Everything here returns a `Picture` or an `Explorer`."""
 
-from moe_lab.viz.balancing import Panel, draw_shares, record_of, sweep, violation_band
+from moe_lab.viz.balancing import Panel, draw_shares, sweep, violation_band
 from moe_lab.viz.benchmarks import draw_bench
 from moe_lab.viz.charts import bars, heatmap, letters, lines, stacked
 from moe_lab.viz.diagrams import draw_block, draw_dense_to_moe, draw_ffns, draw_map
@@ -49,7 +49,6 @@ __all__ = [
     "heatmaps",
     "letters",
     "lines",
-    "record_of",
     "stacked",
     "sweep",
     "violation_band",

@@ -12,10 +12,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 from torch import Tensor
 
 from moe_lab.balance import max_violation
-from moe_lab.config import LMConfig
-from moe_lab.experiments import POINTS, Results
-from moe_lab.plain import to_plain
-from moe_lab.train import Step
+from moe_lab.experiments import Results
 from moe_lab.viz.charts import DASHES, _level
 from moe_lab.viz.experiments import _dots, _name_places, _values
 from moe_lab.viz.picture import BLUE, GREY, INK, ORANGE, SERIES, STYLE, VERMILLION, Picture, new_axes
@@ -44,29 +41,6 @@ def draw_shares(f: Tensor, mean_probabilities: Tensor, *, title: str, alt: str) 
 # --- a run that was just done, and recorded ones ------------------------------------------------------------------
 
 
-def record_of(model: LMConfig, steps: Sequence[Step], points: int = POINTS) -> dict:
-    """What `train` returned, as the part of an experiment's record that curves and loads are drawn from.
-
-    Raises:
-        ValueError: no steps.
-    """
-    if not steps:
-        raise ValueError("steps is empty: expected what train() returned.")
-    every = max(1, -(-len(steps) // points))
-    curve = []
-    for start in range(0, len(steps), every):
-        part = steps[start : start + every]
-        counts = zip(*(step.tokens_per_expert for step in part), strict=True)
-        curve.append(
-            {
-                "step": part[-1].index + 1,
-                "bits_per_byte": sum(step.bits_per_byte for step in part) / len(part),
-                "load": [torch.stack(layer).sum(0).tolist() for layer in counts],
-            }
-        )
-    return {"model": to_plain(model), "curve": curve}
-
-
 def violations(run: Mapping, layer: int) -> tuple[list[int], list[float]]:
     """The steps at which stretches of a run end, and MaxVio of the load summed over each stretch."""
     loads = torch.tensor([point["load"][layer] for point in run["curve"]])
@@ -87,7 +61,7 @@ def violation_band(
     Args:
         labels: the names in the legend, and the variants that they are.
         layer: which layer of experts, from 0.
-        live: a record, of `run_once` or `record_of`.
+        live: a record of `run_once`.
     """
     with mpl.rc_context(STYLE):
         figure, axes = new_axes(8.4, 3.6)

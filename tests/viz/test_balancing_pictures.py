@@ -5,8 +5,6 @@ import torch
 
 from moe_lab import viz
 from moe_lab.experiments import Results
-from moe_lab.presets import MOE_BASELINE
-from moe_lab.train import Step
 from moe_lab.viz import balancing
 
 TEXTS = {"title": "a title", "alt": "what is seen"}
@@ -41,27 +39,6 @@ def test_shares_are_drawn_side_by_side(drawn):
     (axes,) = drawn[0].axes
     assert [bar.get_height() for bar in axes.patches] == pytest.approx([0.75, 0.25, 0.6, 0.4])
     assert axes.lines[0].get_ydata()[0] == 0.5  # what is even
-
-
-def test_steps_become_the_curve_of_a_record():
-    counts = [torch.tensor([3, 1]), torch.tensor([2, 2]), torch.tensor([0, 4])]
-    steps = [Step(i, 0.01, 1.0 + i, tokens_per_expert=(n, n.flip(0))) for i, n in enumerate(counts)]
-    curve = viz.record_of(MOE_BASELINE, steps, points=2)["curve"]
-    assert [point["step"] for point in curve] == [2, 3]
-    assert [point["load"] for point in curve] == [[[5, 3], [3, 5]], [[0, 4], [4, 0]]]
-    assert curve[0]["bits_per_byte"] == pytest.approx((steps[0].bits_per_byte + steps[1].bits_per_byte) / 2)
-
-
-def test_a_record_of_steps_can_be_drawn_like_any_other(drawn):
-    counts = torch.ones(8, dtype=torch.int64)
-    steps = [Step(i, 0.01, 1.0, tokens_per_expert=(counts, counts)) for i in range(40)]
-    viz.draw_load(viz.record_of(MOE_BASELINE, steps), 1, **TEXTS)
-    assert drawn[0].axes[0].get_ylabel() == "expert"
-
-
-def test_no_steps_are_refused():
-    with pytest.raises(ValueError, match="steps is empty"):
-        viz.record_of(MOE_BASELINE, [])
 
 
 def test_violations_are_of_summed_loads():

@@ -82,8 +82,8 @@ MAX_VIOLATION = Exercise(
         Mistake(
             name="empty experts are left out",
             wrong=_of_counts(lambda n: n.max() / n[n > 0].mean() - 1),
-            says="The mean runs over the busy experts only. The even share is over all E: if everything goes to one of "
-            "seven experts, MaxVio is 6, not 0.",
+            says="The mean runs over the busy experts only. The even share is over all E: if every token has one "
+            "choice and all go to the same of seven experts, MaxVio is 6, not 0.",
         ),
         Mistake(
             name="compared with the emptiest",
@@ -222,6 +222,17 @@ def _over_all_tokens(routing: Routing, mask: Tensor | None = None) -> tuple[Tens
     return f * share, p * share
 
 
+def _f_over_all_choices(routing: Routing, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    f, p = balance.shares(routing, mask)
+    return (f if mask is None else f * mask.float().mean()), p
+
+
+def _ratio_of_sums(routing: Routing, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    f, _ = balance.shares(routing, mask)
+    sums = routing.router_scores[_all(routing) if mask is None else mask].sum(0)
+    return f, sums / sums.sum()
+
+
 def _short(routing: Routing, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     f, p = balance.shares(routing, mask)
     return f[: int(f.nonzero().max()) + 1], p
@@ -299,6 +310,19 @@ SHARES = Exercise(
             wrong=_over_all_tokens,
             says="Padding adds nothing to your sums, but they are divided by all tokens, padding too: f and P do not "
             "sum to 1. The number of tokens that count is `mask.sum()`.",
+        ),
+        Mistake(
+            name="f divided by all choices",
+            wrong=_f_over_all_choices,
+            says="f counts the tokens that are no padding, but is divided by the choices of all tokens: it does not "
+            "sum to 1. Numerator and denominator have to be of the same tokens: take the masked table for both.",
+        ),
+        Mistake(
+            name="a ratio of sums",
+            wrong=_ratio_of_sums,
+            says="P is a ratio of sums: all scores are added first, then divided. With sigmoids a token with large "
+            "scores then weighs more than one with small scores. P is a mean of probabilities: divide each token's "
+            "row by its own sum first, then average.",
         ),
         Mistake(
             name="only the first choice counts",
@@ -497,6 +521,16 @@ BALANCE_LOSS = Exercise(
             wrong=_summed(_layer_loss(_twice(0))),
             says="P is f as well: E times the sum of f squared. It measures the load well, but counts have no slope, "
             "so no gradient reaches the router. That is why P stands beside f.",
+        ),
+        Mistake(
+            name="a product of sums",
+            wrong=_summed(
+                lambda routing, mask: (
+                    routing.n_experts * balance.shares(routing, mask)[0].sum() * balance.shares(routing, mask)[1].sum()
+                )
+            ),
+            says="You sum f, sum P, and multiply. Both sums are 1, so a layer gives E whatever the load is, and "
+            "nothing pulls. Multiply expert by expert, then sum.",
         ),
         Mistake(
             name="E is missing",
@@ -737,6 +771,12 @@ def _counts(experts: Tensor, n_experts: int) -> Tensor:
     return torch.bincount(experts.flatten(), minlength=n_experts).float()
 
 
+def _short_counts(scores: Tensor, selection_bias: Tensor, top_k: int, rate: float) -> tuple[Tensor, Tensor, Tensor]:
+    experts = best_k(scores.detach() + selection_bias, top_k)
+    n = torch.bincount(experts.flatten()).float()
+    return scores.gather(-1, experts), experts, selection_bias + rate * torch.sign(n.mean() - n)
+
+
 def _step(
     choosing: Callable[[Tensor, Tensor], Tensor] = lambda scores, bias: scores + bias,
     weighing: Callable[[Tensor, Tensor], Tensor] = lambda scores, bias: scores,
@@ -852,6 +892,12 @@ BIASED_STEP = Exercise(
             "`minlength`, or go through all E.",
         ),
         Mistake(
+            name="the last experts are not counted",
+            wrong=_short_counts,
+            says="`bincount` ends at the highest id that occurs. Where nobody chose the last expert there are fewer "
+            "counts than biases, and the mean is over too few: pass `minlength`.",
+        ),
+        Mistake(
             name="only the full ones move",
             wrong=_step(step=lambda n, k: torch.sign(n.mean() - n).clamp(max=0)),
             says=ONE_SIDE,
@@ -926,6 +972,10 @@ def _best_of_table(scores: Tensor, capacity: int) -> Tensor:
     return torch.zeros(scores.numel(), dtype=torch.bool).index_fill(0, best, True).view(scores.shape)
 
 
+def _order_as_rank(scores: Tensor, capacity: int) -> Tensor:
+    return scores.argsort(dim=0, descending=True, stable=True) < capacity
+
+
 def _first_come(scores: Tensor, capacity: int) -> Tensor:
     """Every token goes to its best expert, until that one is full."""
     chosen = F.one_hot(best_k(scores, 1)[:, 0], scores.shape[1])
@@ -957,6 +1007,13 @@ EXPERT_CHOICE = Exercise(
             wrong=_experts_of_tokens,
             says="Every row has `capacity` experts: the tokens choose. Here every column has to have `capacity` "
             "tokens: choose along the tokens.",
+        ),
+        Mistake(
+            name="the order is taken for ranks",
+            wrong=_order_as_rank,
+            says="You compare what `argsort` returns with `capacity`. Its row 0 holds the **number of the token** that "
+            "is best, not the rank of token 0. The first `capacity` rows are the tokens that are taken: write True at "
+            "those places, or sort the order once more to have ranks.",
         ),
         Mistake(
             name="first come, first served",

@@ -199,9 +199,33 @@ def sums_in_a_loop_over_all(routing, mask=None):
     return torch.tensor(f), p
 
 
+def masked_counts_over_all(routing, mask=None):
+    _, p = shares_by_bincount(routing, mask)
+    ids = routing.topk_experts if mask is None else routing.topk_experts[mask]
+    return torch.bincount(ids.flatten(), minlength=routing.n_experts) / routing.topk_experts.numel(), p
+
+
+def scores_over_their_total(routing, mask=None):
+    f, _ = shares_by_bincount(routing, mask)
+    scores = routing.router_scores if mask is None else routing.router_scores[mask]
+    return f, scores.sum(0) / scores.sum()
+
+
+def scores_over_their_total_by_token(routing, mask=None):
+    f, _ = by_token()(routing, mask)
+    keep = range(len(routing.topk_experts)) if mask is None else mask.nonzero().flatten().tolist()
+    sums = [sum(routing.router_scores[t, e] for t in keep) for e in range(routing.n_experts)]
+    return f, torch.stack(sums) / sum(sums)
+
+
 def probabilities_twice(routing, mask=None):
     _, p = shares_by_bincount(routing, mask)
     return p.clone(), p
+
+
+def f_over_all_in_a_loop(routing, mask=None):
+    f, p = by_token()(routing, mask)
+    return f * (1.0 if mask is None else sum(mask.tolist()) / len(mask)), p
 
 
 def probabilities_twice_in_a_loop(routing, mask=None):
@@ -263,6 +287,11 @@ def stacked_layers(f_and_p=shares, factor=lambda r: r.n_experts, reduce=lambda l
 
 def by_dot_products(routings, mask=None):
     return sum(r.n_experts * torch.dot(*shares(r, mask)) for r in routings)
+
+
+def sums_multiplied(routings, mask=None):
+    parts = [shares(r, mask) for r in routings]
+    return sum(torch.outer(f, p).sum() * len(f) for f, p in parts)
 
 
 def all_in_one_heap(routings, mask):
@@ -505,6 +534,21 @@ def only_those_seen_at_once(scores, selection_bias, top_k, rate):
     return weights, ids, torch.where(F.one_hot(ids, scores.shape[1]).any(0).any(0), after, selection_bias)
 
 
+def short_step_in_a_loop(scores, selection_bias, top_k, rate):
+    ids = best_k((scores + selection_bias).detach(), top_k)
+    chosen = ids.flatten().tolist()
+    counts = [chosen.count(e) for e in range(max(chosen) + 1)]
+    even = sum(counts) / len(counts)
+    steps = [rate * ((n < even) - (n > even)) for n in counts]
+    return scores.gather(1, ids), ids, selection_bias + torch.tensor(steps)
+
+
+def short_step_at_once(scores, selection_bias, top_k, rate):
+    ids = best_k((scores + selection_bias).detach(), top_k)
+    n = F.one_hot(ids).sum((0, 1)).float()  # as many classes as occur
+    return scores.gather(1, ids), ids, selection_bias + rate * (n.mean() - n).sign()
+
+
 # 5.6 expert choice.
 
 
@@ -546,6 +590,15 @@ def tokens_choose_in_rows(router_scores, capacity):
         for e in falling(row)[:capacity]:
             mask[t, e] = True
     return mask
+
+
+def order_for_rank(router_scores, capacity):
+    return router_scores.sort(dim=0, descending=True, stable=True).indices.lt(capacity)
+
+
+def order_for_rank_in_a_loop(router_scores, capacity):
+    columns = [[t < capacity for t in falling(column)] for column in router_scores.T.tolist()]
+    return torch.tensor(columns).T
 
 
 def queue_in_a_loop(router_scores, capacity):
@@ -705,6 +758,11 @@ WRONG = {
             in_matrices(weight_p=torch.ones_like),
         ],
         "divided by all tokens": [sums_in_a_loop_over_all, masked_sums_over_all],
+        "f divided by all choices": [
+            f_over_all_in_a_loop,
+            masked_counts_over_all,
+        ],
+        "a ratio of sums": [scores_over_their_total_by_token, scores_over_their_total],
         "only the first choice counts": [
             by_token(choices=lambda r, t: r.topk_experts[t].tolist()[:1]),
             in_matrices(
@@ -756,6 +814,10 @@ WRONG = {
         "P made of counts": [
             summed_layers(value=lambda f, p, r: len(f) * sum(a * a for a in f)),
             stacked_layers(lambda r, mask: (shares(r, mask)[0],) * 2),
+        ],
+        "a product of sums": [
+            summed_layers(value=lambda f, p, r: len(f) * sum(f) * sum(p)),
+            sums_multiplied,
         ],
         "E is missing": [
             summed_layers(value=lambda f, p, r: sum(a * b for a, b in zip(f, p, strict=True))),
@@ -862,6 +924,7 @@ WRONG = {
             at_once(counts_of=lambda s, ids, k: F.one_hot(s.topk(k).indices, s.shape[1]).sum((0, 1)).float()),
         ],
         "an empty expert is passed over": [only_those_seen, only_those_seen_at_once],
+        "the last experts are not counted": [short_step_in_a_loop, short_step_at_once],
         "only the full ones move": [
             stepped(move=lambda n, mean, rate: -rate if n > mean else 0),
             at_once(step=lambda n: -(n > n.mean()).float()),
@@ -884,6 +947,7 @@ WRONG = {
     },
     "5.6": {
         "the tokens choose": [tokens_choose_in_rows, tokens_choose_by_ranks],
+        "the order is taken for ranks": [order_for_rank_in_a_loop, order_for_rank],
         "first come, first served": [queue_in_a_loop, queue_at_once],
         "one expert a token": [shared_out_in_a_loop, shared_out_by_ranks],
         "the best of the whole table": [table_in_a_loop, table_by_ranks],
