@@ -93,6 +93,8 @@ def _run(
     on_step: Callable[[Step], None],
 ) -> dict[str, float]:
     if resume:
+        for partial in (folder / "checkpoints").glob(".*.partial"):  # of a process that was killed while it wrote
+            partial.unlink()
         latest = checkpoints(folder)[-1]
         state, found = load(latest)
         require_same(found, config, latest)

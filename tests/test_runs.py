@@ -137,6 +137,16 @@ def test_a_run_is_what_a_trainer_does(uninterrupted):
     assert all(torch.equal(tensor, state[name]) for name, tensor in trainer.state().items())
 
 
+def test_what_a_killed_process_left_half_written_is_gone_after_resuming(tmp_path):
+    with pytest.raises(StopRun):
+        run(CONFIG, tmp_path / "run", on_step=stop_after(2))
+    half = tmp_path / "run" / "checkpoints" / ".step-0000003.safetensors.1.partial"
+    half.write_bytes(b"half")
+    run(CONFIG, tmp_path / "run", resume=True)
+    assert not half.exists()
+    assert len(checkpoints(tmp_path / "run")) == 2
+
+
 def test_how_often_it_is_evaluated_and_saved_changes_nothing_else(uninterrupted, tmp_path):
     run(CONFIG.but(evaluate_every=100, save_every=1), tmp_path / "run")
     told = [[r for r in read_metrics(folder) if "step" in r] for folder in (uninterrupted, tmp_path / "run")]

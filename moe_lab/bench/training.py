@@ -1,7 +1,7 @@
 """Training side by side: the same language model dense, with our experts, and with transformers' block in their place.
 
-Time is that of whole training steps. Memory is the largest that a process of its own ever held, beyond what it held
-before there was a model.
+Time is that of whole training steps. Memory is the most that a process of its own held while it trained, beyond what it
+held before there was a model.
 """
 
 import contextlib
@@ -21,6 +21,7 @@ from moe_lab.bench.timing import compare
 from moe_lab.config import LMConfig, TrainConfig
 from moe_lab.data import load_corpus
 from moe_lab.lm import LM
+from moe_lab.moe import MoE
 from moe_lab.paths import course_root
 from moe_lab.plain import read_config
 from moe_lab.train import Trainer
@@ -33,10 +34,10 @@ OURS, THEIRS = "MoE", "MoE with transformers' block"
 class _Theirs(nn.Module):
     """A Mixtral block of transformers with the weights of one of our layers, in the place of an FFN."""
 
-    def __init__(self, model: LM, layer: int, tokens: int) -> None:
+    def __init__(self, ours: MoE) -> None:
         super().__init__()
-        moe, ours = model.config.moe, model.blocks[layer].ffn
-        shape = Shape(tokens, moe.d_model, moe.d_ff, moe.n_experts, moe.top_k)
+        moe = ours.config
+        shape = Shape(1, moe.d_model, moe.d_ff, moe.n_experts, moe.top_k)  # a block is built for any number of tokens
         self.block = transformers_block(shape, ours, "grouped_mm")
 
     def forward(self, x: Tensor) -> Tensor:
@@ -51,9 +52,8 @@ def models(config: LMConfig) -> dict[str, Callable[[], LM]]:
 
     def theirs() -> LM:
         model = LM(config)
-        for layer, block in enumerate(model.blocks):
-            if layer >= config.n_dense_layers:
-                block.ffn = _Theirs(model, layer, 1)
+        for block in model.blocks[config.n_dense_layers :]:
+            block.ffn = _Theirs(block.ffn)
         return model
 
     found = {
