@@ -49,9 +49,7 @@ def make_plan(routing: Routing, capacity: int | None = None, drop: str = "positi
     n_tokens, top_k = experts.shape
     n_choices, n_experts = n_tokens * top_k, routing.n_experts
     if capacity is None:
-        chosen, row_choices = experts.flatten().sort(stable=True)
-        choice_rows = torch.empty_like(row_choices).scatter_(0, row_choices, _count_up(row_choices))
-        return DispatchPlan(row_choices, choice_rows.view(n_tokens, top_k), expert_offsets(chosen, n_experts))
+        return sort_choices(experts, n_experts)
 
     if capacity < 0:
         raise ValueError(f"capacity={capacity}: expected 0 or more.")
@@ -66,6 +64,13 @@ def make_plan(routing: Routing, capacity: int | None = None, drop: str = "positi
     row_choices = rows.new_full((n_rows + 1,), n_choices).scatter_(0, rows, sorted_choices)[:n_rows]
     offsets = capacity * torch.arange(1, n_experts + 1, dtype=torch.int32, device=rows.device)
     return DispatchPlan(row_choices, choice_rows.view(n_tokens, top_k), offsets, capacity)
+
+
+def sort_choices(topk_experts: Tensor, n_experts: int) -> DispatchPlan:
+    """Rows for all choices (T, K), sorted by expert; an expert's are in the order of its tokens."""
+    chosen, row_choices = topk_experts.flatten().sort(stable=True)
+    choice_rows = torch.empty_like(row_choices).scatter_(0, row_choices, _count_up(row_choices))
+    return DispatchPlan(row_choices, choice_rows.view(topk_experts.shape), expert_offsets(chosen, n_experts))
 
 
 def _count_up(like: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """The routed experts: their weights stacked into one tensor, multiplied group by group."""
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -104,6 +105,15 @@ class Experts(nn.Module):
             return F.linear(x, w[expert], None if b is None else b[expert])
 
         return self._ffn(x, product)
+
+    def take(self, ids: Sequence[int]) -> "Experts":
+        """Some of the experts, in the order of `ids`, with copies of their weights."""
+        taken = copy.copy(self)
+        taken._parameters = {
+            name: None if whole is None else nn.Parameter(whole.detach()[list(ids)])
+            for name, whole in self._parameters.items()
+        }
+        return taken
 
     def _ffn(self, x: Tensor, product: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> Tensor:
         inner = product(x, self.w_in, self.b_in)  # (..., 2F), or (..., F) without a gate

@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "moe_lab"
 ORDER = [
     *("paths", "config", "plain", "machine", "accounting", "presets", "records", "ops", "ffn", "routing", "dispatch"),
     *("experts", "moe", "attention", "data", "lm", "balance", "train", "checkpoints", "hugging_face", "experiments"),
+    "parallel",
 ]
 ON_TOP = ("viz", "bench", "runs", "course", "cli", "__main__")
 

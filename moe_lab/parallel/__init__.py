@@ -1,0 +1,28 @@
+"""Expert parallelism: the layer of experts over several ranks, what travels between them, and what that costs."""
+
+from moe_lab.parallel.launch import launch
+from moe_lab.parallel.layer import FORMS, ExpertParallelMoE, by_expert, exchange, overlap, run
+from moe_lab.parallel.placement import Placement, even_placement
+from moe_lab.parallel.process import Store, join, joined, leave
+from moe_lab.parallel.ranks import Event, RankError, Ranks
+from moe_lab.parallel.simulate import simulate
+
+__all__ = [
+    "FORMS",
+    "Event",
+    "ExpertParallelMoE",
+    "Placement",
+    "RankError",
+    "Ranks",
+    "Store",
+    "by_expert",
+    "even_placement",
+    "exchange",
+    "join",
+    "joined",
+    "launch",
+    "leave",
+    "overlap",
+    "run",
+    "simulate",
+]
