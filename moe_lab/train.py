@@ -136,7 +136,7 @@ class Trainer:
             group["lr"] = rate * group["rate"]
         batch = sample_batch(self.split, batch_size=config.batch_size, context=config.context, generator=self.generator)
         parts = [
-            (inputs.to(self.device), targets.to(self.device))
+            (self._mine(inputs).to(self.device), self._mine(targets).to(self.device))
             for inputs, targets in zip(
                 batch.inputs.chunk(config.micro_batches), batch.targets.chunk(config.micro_batches), strict=True
             )
@@ -148,7 +148,8 @@ class Trainer:
             raise self._diverged("The router met numbers that are none", parts) from None
         if not math.isfinite(loss + penalty) or loss > self.too_much:
             raise self._diverged(f"The loss is {loss:.3g} nats per byte (and {penalty:.3g} for balance)", parts)
-        total = nn.utils.get_total_norm([weight.grad for weight in model.parameters() if weight.grad is not None])
+        self._sum_gradients()
+        total = self._gradient_norm()
         norm = total.item()
         if not math.isfinite(norm):  # not yet clipped: that would make all of them NaN
             raise self._diverged(f"The gradient's norm is {norm}", parts)
@@ -166,8 +167,8 @@ class Trainer:
     def _backward(self, parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[float, float, tuple[Tensor, ...]]:
         """Gradients of the mean over micro-batches; the mean loss, the mean penalty, and the loads of all of them."""
         config, balance = self.config, self.config.balance
-        needs_all = balance.loss == "global_batch" and balance.alpha and len(parts) > 1
-        whole = self._loads(parts) if needs_all else None
+        is_global = balance.loss == "global_batch" and balance.alpha > 0
+        whole = self._loads(parts) if is_global and len(parts) > 1 else None
         losses, penalties, counts = [], [], []
         for inputs, targets in parts:
             with self._autocast():
@@ -175,34 +176,60 @@ class Trainer:
                 loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
             total = loss
             if routings and (balance.alpha or balance.z_loss):
-                penalty = balance_penalty(routings, balance, len(inputs), whole)
+                loads = whole or [self._sum(routing.tokens_per_expert) for routing in routings] if is_global else None
+                penalty = balance_penalty(routings, balance, len(inputs), loads)
                 penalties.append(penalty.detach())
                 total = loss + penalty
-            (total / len(parts)).backward()
-            losses.append(loss.detach())
+            (total * self._share(inputs) / len(parts)).backward()
+            losses.append(loss.detach() * self._share(inputs))
             counts.append([routing.tokens_per_expert for routing in routings])
-        mean_penalty = torch.stack(penalties).mean().item() if penalties else 0.0
-        loads = tuple(torch.stack(layer).sum(0) for layer in zip(*counts, strict=True))
-        return torch.stack(losses).mean().item(), mean_penalty, loads
+        mean_loss = torch.stack(losses).mean()
+        mean_penalty = torch.stack(penalties).mean() * self._share(parts[0][0]) if penalties else mean_loss * 0
+        loads = tuple(self._sum(torch.stack(layer).sum(0)) for layer in zip(*counts, strict=True))
+        loss, penalty = self._sum(torch.stack([mean_loss, mean_penalty.float()])).tolist()
+        return loss, penalty, loads
 
     @torch.no_grad()
     def _loads(self, parts: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
         """The loads of the whole batch, known before the first gradient, for the price of one more forward pass."""
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []), self._autocast():
             counts = [[routing.tokens_per_expert for routing in self.model(inputs)[1]] for inputs, _ in parts]
-        return [torch.stack(layer).sum(0) for layer in zip(*counts, strict=True)]
+        return [self._sum(torch.stack(layer).sum(0)) for layer in zip(*counts, strict=True)]
+
+    # What a trainer that is one of several ranks does otherwise: see `moe_lab.parallel.training`.
+
+    def _mine(self, sequences: Tensor) -> Tensor:
+        """The part of a micro-batch that this process works on: all of it."""
+        return sequences
+
+    def _share(self, inputs: Tensor) -> float:
+        """Which share of its micro-batch that part is."""
+        return 1.0
+
+    def _sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes."""
+        return tensor
+
+    def _sum_gradients(self) -> None:
+        """Make every gradient that of the whole batch."""
+
+    def _gradient_norm(self) -> Tensor:
+        """The norm of the whole model's gradient."""
+        return nn.utils.get_total_norm([weight.grad for weight in self.model.parameters() if weight.grad is not None])
+
+    def _first(self, found: str | None) -> str | None:
+        """What was found, by the first process that found something."""
+        return found
 
     def _autocast(self) -> AbstractContextManager:
         return torch.autocast(self.device.type, torch.bfloat16) if self.config.precision == "bf16" else nullcontext()
 
     def _diverged(self, what: str, parts: Sequence[tuple[Tensor, Tensor]]) -> Diverged:
+        where = self._first(_bad_weight(self.model))
         with self._autocast():
-            where = next(filter(None, (first_not_finite(self.model, inputs) for inputs, _ in parts)), None)
-        if where is None:  # the way back starts at the top
-            for name, weight in reversed(list(self.model.named_parameters())):
-                if weight.grad is not None and not weight.grad.isfinite().all():
-                    where = f"the gradient of {name}"
-                    break
+            for inputs, _ in parts:
+                where = where or self._first(_bad_output(self.model, inputs))
+        where = where or self._first(_bad_gradient(self.model))
         return Diverged(self.index, where, what, self.config)
 
     def state(self) -> dict[str, Tensor]:
@@ -262,15 +289,28 @@ def _require_curable(model: LM, balance: BalanceConfig) -> None:
         )
 
 
-@torch.no_grad()
 def first_not_finite(model: LM, inputs: Tensor) -> str | None:
     """The first part of the model, in the order of computation, that holds or gives NaN or infinity; None if none does.
 
     A weight is named before what is computed with it.
     """
-    for name, weight in model.named_parameters():
-        if not weight.isfinite().all():
-            return f"the weight {name}"
+    return _bad_weight(model) or _bad_output(model, inputs)
+
+
+def _bad_weight(model: LM) -> str | None:
+    bad = (name for name, weight in model.named_parameters() if not weight.isfinite().all())
+    return next((f"the weight {name}" for name in bad), None)
+
+
+def _bad_gradient(model: LM) -> str | None:
+    """The first on the way back, which starts at the top."""
+    weights = reversed(list(model.named_parameters()))
+    bad = (name for name, weight in weights if weight.grad is not None and not weight.grad.isfinite().all())
+    return next((f"the gradient of {name}" for name in bad), None)
+
+
+@torch.no_grad()
+def _bad_output(model: LM, inputs: Tensor) -> str | None:
     found: list[str] = []
 
     def look(name: str) -> Callable:

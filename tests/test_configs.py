@@ -22,6 +22,7 @@ EVERY_CONFIG = pytest.mark.parametrize("name", CONFIGS)
 PARAMETERS = {
     "dense_notebook": (115_200, 115_200),
     "moe_notebook": (263_680, 116_224),
+    "moe_parallel": (280_064, 132_608),
     "moe_2m": (1_844_736, 468_480),
     "moe_10m": (10_776_576, 2_519_040),
     "moe_30m": (31_710_720, 6_938_112),

@@ -6,11 +6,14 @@ from moe_lab.parallel.placement import Placement, even_placement
 from moe_lab.parallel.process import Store, join, joined, leave
 from moe_lab.parallel.ranks import Event, RankError, Ranks
 from moe_lab.parallel.simulate import simulate
+from moe_lab.parallel.traffic import rows_per_node, rows_per_rank, rows_to_others
+from moe_lab.parallel.training import ParallelTrainer, parallelize
 
 __all__ = [
     "FORMS",
     "Event",
     "ExpertParallelMoE",
+    "ParallelTrainer",
     "Placement",
     "RankError",
     "Ranks",
@@ -23,6 +26,10 @@ __all__ = [
     "launch",
     "leave",
     "overlap",
+    "parallelize",
+    "rows_per_node",
+    "rows_per_rank",
+    "rows_to_others",
     "run",
     "simulate",
 ]

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from moe_lab.dispatch import combine, expert_offsets, permute, sort_choices, weights_of_rows
 from moe_lab.moe import MoE
 from moe_lab.parallel.placement import Placement, even_placement
-from moe_lab.parallel.ranks import Pending, RankError, Ranks
+from moe_lab.parallel.ranks import Pending, Ranks
 from moe_lab.parallel.rows import RowMap, copy_rows, inverse, reorder, sum_rows
 from moe_lab.records import Routing
 from moe_lab.routing import NotFiniteError
@@ -59,11 +59,9 @@ class ExpertParallelMoE(MoE):
     ) -> None:
         nn.Module.__init__(self)
         config, dtype = layer.config, layer.experts.w_down.dtype
-        ranks.agree(
-            "the layer of experts",
-            **{name: value for name, value in vars(config).items()},
-            **{"placement": placement, "form": form, "node_size": node_size, "dtype": dtype, "ep_size": ranks.size},
-        )
+        placed = "even" if placement is None else placement.experts
+        facts = {"placement": placed, "form": form, "node_size": node_size, "dtype": dtype, "ep_size": ranks.size}
+        ranks.agree("the layer of experts", **vars(config), **facts)
         if placement is None:
             placement = even_placement(config.n_experts, ranks.size)
         _require_fitting(config, placement, ranks, form, node_size)

@@ -167,10 +167,11 @@ def rank_loads(placement: Placement, tokens_per_expert: Tensor | Sequence[float]
 def greedy_placement(loads: Tensor | Sequence[float], n_ranks: int) -> Placement:
     """Each expert on one rank: the heaviest first, onto the least loaded rank that still has room.
 
-    A rank has room for E/n_ranks experts, rounded up. Of equal loads the lower id is first.
+    A rank has room for E/n_ranks experts, rounded up. Of equal loads the lower id is first, of equal ranks too.
 
-    Source: Graham 1969, "Bounds on Multiprocessing Timing Anomalies", https://doi.org/10.1137/0117039, section 5 (LPT),
-    with room added: a rank's memory holds so many experts and no more.
+    Source: Graham 1969, "Bounds on Multiprocessing Timing Anomalies", https://doi.org/10.1137/0117039 (LPT: at most
+    4/3 - 1/(3·ranks) times the best). With room, as here, the same bound is proven for up to 3 experts on a rank:
+    Kellerer and Woeginger 1993, "A tight bound for 3-partitioning", Discrete Applied Mathematics 45.
 
     Args:
         loads: (E,), such as `tokens_per_expert`.
@@ -191,7 +192,7 @@ def replicate(loads: Tensor | Sequence[float], n_slots: int, most: int | None = 
     https://github.com/deepseek-ai/EPLB
 
     Args:
-        most: at most so many for one expert: two on a rank are no help.
+        most: at most so many for one expert, such as the number of ranks.
 
     Raises:
         ValueError: see `greedy_placement`; fewer slots than experts, or more than `most` for each.
@@ -272,7 +273,8 @@ def balance_placement(
     3. Within each node the replicas, each with an equal share of its expert's load, are packed onto the ranks.
 
     With one node and one group, as it is where nothing else is said, this is the method's global form. Two replicas of
-    an expert never share a rank; the published code, which is otherwise followed, lets them.
+    an expert never share a rank, since a placement has each expert once on a rank; the published code, which is
+    otherwise followed, allows it.
 
     Source: DeepSeek-V3 (2024), section 3.4; https://github.com/deepseek-ai/EPLB, README and `eplb.py`.
 

@@ -123,7 +123,7 @@ class ProcessRanks(Ranks):
         except RankError:
             raise
         except RuntimeError as error:
-            raise self._lost(stage, error) from None
+            raise self.lost(stage, str(error).strip().splitlines()[0][:200]) from None
         self._pulse.now(stage, self._shared.calls, waits=False)
 
     @contextmanager
@@ -133,12 +133,10 @@ class ProcessRanks(Ranks):
         with super().stage(name):
             yield
 
-    def _lost(self, stage: str, error: RuntimeError) -> RankError:
+    def lost(self, stage: str, said: str) -> RankError:
+        """The error of a rank that cannot go on: it finds out who is the cause, which takes up to two seconds."""
         rank, what = self._pulse.who()
-        said = str(error).strip().splitlines()[0][:200]
-        return RankError(
-            f"Rank {self.world_rank} gave up in {stage}: {what}. (torch.distributed said: {said})", rank, stage
-        )
+        return RankError(f"Gave up in {stage}: {what}. (What was noticed: {said})", rank, stage)
 
     def _all_to_all(self, rows: Tensor, send: list[int], receive: list[int]) -> Callable[[], Tensor]:
         out = rows.new_empty(sum(receive), *rows.shape[1:])
