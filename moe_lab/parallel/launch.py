@@ -20,6 +20,8 @@ from typing import Any
 from moe_lab.parallel.process import TIMEOUT, Store, joined
 from moe_lab.parallel.ranks import RankError
 
+SECONDS_TO_FIND_OUT = 4.0  # who is the cause: `Pulse.who` takes up to two, on a busy machine longer
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -65,12 +67,10 @@ def outcomes_of(
     size: int,
     *args: object,
     timeout: float = TIMEOUT,
-    patience: float | None = None,
 ) -> list[Outcome]:
     """As `launch`, but tells how each rank ended instead of raising.
 
-    Args:
-        patience: seconds after which ranks that still run are killed; by default they are waited for.
+    When one has failed, the others have `timeout` seconds, and a few to find out why, before they are killed.
     """
     context = _context()
     store = Store()
@@ -85,7 +85,7 @@ def outcomes_of(
             theirs.close()
             processes.append(process)
             pipes.append(mine)
-        return _collect(processes, pipes, patience)
+        return _collect(processes, pipes, timeout + SECONDS_TO_FIND_OUT)
     finally:
         for process in processes:
             if process.is_alive():
@@ -104,22 +104,25 @@ def _context() -> multiprocessing.context.BaseContext:
     return context
 
 
-def _collect(processes: Sequence[BaseProcess], pipes: Sequence[Connection], patience: float | None) -> list[Outcome]:
+def _collect(processes: Sequence[BaseProcess], pipes: Sequence[Connection], patience: float) -> list[Outcome]:
     told: dict[int, dict] = {}
-    open_pipes = dict(enumerate(pipes))
-    until = None if patience is None else time.monotonic() + patience
-    while open_pipes:
-        left = None if until is None else max(0.0, until - time.monotonic())
-        ready = wait(list(open_pipes.values()), left)
+    waiting = dict(enumerate(pipes))
+    until = None  # no rank has failed yet
+    while waiting:
+        ready = wait(list(waiting.values()), None if until is None else max(0.0, until - time.monotonic()))
         if not ready:
             break
-        for rank in [rank for rank, pipe in open_pipes.items() if pipe in ready]:
+        for rank in [rank for rank, pipe in waiting.items() if pipe in ready]:
             with contextlib.suppress(EOFError, OSError):  # one that was killed closes its pipe and says nothing
-                told[rank] = pickle.loads(open_pipes[rank].recv_bytes())
-            del open_pipes[rank]
+                told[rank] = pickle.loads(waiting[rank].recv_bytes())
+            if until is None and "value" not in told.get(rank, {}):
+                until = time.monotonic() + patience
+            del waiting[rank]
     outcomes = []
     for rank, process in enumerate(processes):
-        process.join(2)
+        if rank in waiting:
+            process.kill()
+        process.join()
         outcomes.append(Outcome(**told.get(rank, {}), exit_code=process.exitcode))
     return outcomes
 

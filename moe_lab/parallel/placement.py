@@ -117,10 +117,9 @@ class Placement:
 @functools.lru_cache(maxsize=256)
 def _slots_by_expert(placement: Placement, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """All slots sorted by expert; where each expert's begin; how many they are."""
-    with torch.inference_mode(False):  # they are kept, and may be needed in training next
-        replicas = placement.replicas
-        tables = placement.slot_experts.argsort(stable=True), replicas.cumsum(0) - replicas, replicas
-        return tuple(table.to(device) for table in tables)
+    replicas = placement.replicas
+    tables = placement.slot_experts.argsort(stable=True), replicas.cumsum(0) - replicas, replicas
+    return tuple(table.to(device) for table in tables)
 
 
 def _listed(ids: Sequence[int]) -> str:
