@@ -7,6 +7,7 @@ from moe_lab.viz.diagrams import draw_block, draw_dense_to_moe, draw_ffns, draw_
 from moe_lab.viz.dispatching import draw_dispatch, draw_layouts, draw_sort, growth
 from moe_lab.viz.experiments import CureExplorer, bands, curve_band, draw_load
 from moe_lab.viz.picture import Picture
+from moe_lab.viz.placing import draw_rank_loads, draw_traffic
 from moe_lab.viz.routing import RouterExplorer, draw_groups, draw_router, draw_token, heatmaps
 from moe_lab.viz.sharing import CutExplorer, draw_cut, draw_shared_path
 from moe_lab.viz.text import TextExplorer, draw_text
@@ -36,6 +37,7 @@ __all__ = [
     "draw_layouts",
     "draw_load",
     "draw_map",
+    "draw_rank_loads",
     "draw_router",
     "draw_routing",
     "draw_shared_path",
@@ -43,6 +45,7 @@ __all__ = [
     "draw_sort",
     "draw_text",
     "draw_token",
+    "draw_traffic",
     "draw_visits",
     "growth",
     "heatmap",
