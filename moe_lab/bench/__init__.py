@@ -1,8 +1,8 @@
 """Measures side by side: forward and backward, one thread, interleaved, told as medians.
 
 `moe-lab bench` writes tables, figures and the numbers, stamped with machine and versions: of the dispatch variants
-(`layers`), and of whole training steps (`training`). Notebook 04 measures with the same functions. transformers' block
-is measured beside ours where transformers is installed.
+(`layers`), of whole training steps (`training`), and of the layer over ranks (`parallel`). Notebook 04 measures with
+the same functions. transformers' block is measured beside ours where transformers is installed.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from collections.abc import Mapping
 
 import torch
 
-from moe_lab.bench import layers, training
+from moe_lab.bench import layers, parallel, training
 from moe_lab.bench.layers import LOADS, SHAPES, SWEEP, Shape, layer_and_input, parts, variants
 from moe_lab.bench.timing import Timing, compare, copy_rate
 from moe_lab.machine import machine
@@ -31,18 +31,20 @@ __all__ = [
     "variants",
 ]
 
+PARTS = ("layers", "training", "parallel")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `moe-lab bench`."""
     parser.add_argument("--rounds", type=int, default=15, help="timed rounds of every measurement (default 15)")
-    parser.add_argument("--only", choices=("layers", "training"), help="measure one of the two alone")
+    parser.add_argument("--only", choices=PARTS, help="measure one part alone")
     parser.add_argument(
         "--quick", action="store_true", help="the first shape and size only, to see that it works; nothing is kept"
     )
 
 
 def main(args: argparse.Namespace) -> int:
-    """Measures and writes `cpu.json`, `.md` and `.png`, and `training.json` and `.md`, in `benchmarks/results/`."""
+    """Measures and writes `cpu`, `training` and `parallel`, each .json and .md, in `benchmarks/results/`."""
     if args.rounds < 2:
         raise CourseError(f"--rounds {args.rounds}: expected 2 or more, for a spread.")
     if os.environ.get("OMP_WAIT_POLICY"):
@@ -51,10 +53,12 @@ def main(args: argparse.Namespace) -> int:
     peers = importlib.util.find_spec("transformers") is not None
     if not peers:
         print("transformers is not installed: its block is not measured. `pip install -e '.[test]'` brings it.")
-    if args.only != "training":
+    if args.only in (None, "layers"):
         _bench_layers(args, peers)
-    if args.only != "layers":
+    if args.only in (None, "training"):
         _bench_training(args)
+    if args.only in (None, "parallel"):
+        _bench_parallel(args)
     return 0
 
 
@@ -92,6 +96,16 @@ def _bench_training(args: argparse.Namespace) -> None:
         heading = "Training steps on a CPU, as multiples of the dense model's of equal active size"
         results = {**_stamp(args), "records": records}
         _keep("training", heading, results, training.table(records), training.verdicts(records))
+
+
+def _bench_parallel(args: argparse.Namespace) -> None:
+    print("the layer over ranks …", flush=True)
+    results = {**_stamp(args), "cores": os.cpu_count(), **parallel.measure(args.rounds, args.quick)}
+    heading = f"The layer of experts over ranks, {parallel.SHAPE}, on {results['cores']} cores"
+    print("\nTime of a step as a multiple of one rank's, and the shares of its forward pass:\n")
+    print(parallel.table(results), "", *parallel.verdicts(results), sep="\n")
+    if not args.quick:
+        _keep("parallel", heading, results, parallel.table(results), parallel.verdicts(results))
 
 
 def _keep(name: str, title: str, results: Mapping, table: str, verdicts: list[str], **more: bytes) -> None:

@@ -2,7 +2,13 @@
 
 from moe_lab.parallel.launch import launch
 from moe_lab.parallel.layer import FORMS, ExpertParallelMoE, by_expert, exchange, overlap, run
-from moe_lab.parallel.placement import Placement, even_placement
+from moe_lab.parallel.placement import (
+    Placement,
+    balance_placement,
+    even_placement,
+    greedy_placement,
+    rank_loads,
+)
 from moe_lab.parallel.process import Store, join, joined, leave
 from moe_lab.parallel.ranks import Event, RankError, Ranks
 from moe_lab.parallel.simulate import simulate
@@ -18,15 +24,18 @@ __all__ = [
     "RankError",
     "Ranks",
     "Store",
+    "balance_placement",
     "by_expert",
     "even_placement",
     "exchange",
+    "greedy_placement",
     "join",
     "joined",
     "launch",
     "leave",
     "overlap",
     "parallelize",
+    "rank_loads",
     "rows_per_node",
     "rows_per_rank",
     "rows_to_others",
