@@ -21,7 +21,16 @@ from moe_lab.records import Routing
 from moe_lab.routing import NotFiniteError
 
 Steps = Generator[None, None, Any]  # stops wherever something is under way
-PROBLEMS = (ValueError, NotFiniteError, RuntimeError)
+PROBLEMS = (ValueError, NotFiniteError, RuntimeError)  # as which one rank's problem is raised on the others
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+SAME = (
+    "the dtype of x",
+    "the dtype of products, under autocast",
+    "gradients are enabled",
+    "x needs a gradient",
+    "the router needs a gradient",
+    "the experts need a gradient",
+)
 
 
 class ExpertParallelMoE(MoE):
@@ -58,10 +67,14 @@ class ExpertParallelMoE(MoE):
         node_size: int | None = None,
     ) -> None:
         nn.Module.__init__(self)
-        config, dtype = layer.config, layer.experts.w_down.dtype
+        config, weight = layer.config, layer.experts.w_down
         placed = "even" if placement is None else placement.experts
-        facts = {"placement": placed, "form": form, "node_size": node_size, "dtype": dtype, "ep_size": ranks.size}
-        ranks.agree("the layer of experts", **vars(config), **facts)
+        facts = {"placement": placed, "form": form, "node_size": node_size, "ep_size": ranks.size}
+        ranks.agree("the layer of experts", **vars(config), **facts, dtype=weight.dtype, device=weight.device.type)
+        if weight.device.type != ranks.device.type:
+            raise ValueError(
+                f"the layer is on {weight.device}: expected {ranks.device}, where these ranks can send from."
+            )
         if placement is None:
             placement = even_placement(config.n_experts, ranks.size)
         _require_fitting(config, placement, ranks, form, node_size)
@@ -101,7 +114,7 @@ class ExpertParallelMoE(MoE):
 
     def _route(self, x: Tensor) -> tuple[Tensor, Tensor, Routing]:
         """Tokens, the slots of their choices, and the routing; if this fails on one rank, it does on all."""
-        problem, found = None, None
+        problem, found, facts = None, None, [0] * len(SAME)
         with self.ranks.stage("route"):
             try:
                 self._require_input(x)
@@ -110,29 +123,38 @@ class ExpertParallelMoE(MoE):
                 tokens = x.view(-1, x.shape[-1])  # (T, D)
                 routing = self.router(tokens)
                 found = tokens, self.placement.choose_slots(routing.topk_experts), routing
+                facts = self._facts(x, routing)
             except Exception as error:
                 problem = error
-            self._require_all_well(problem, isinstance(x, Tensor) and x.requires_grad)
+            self._require_all_well(problem, facts)
         return found
 
-    def _require_all_well(self, problem: Exception | None, needs_gradient: bool) -> None:
+    def _facts(self, x: Tensor, routing: Routing) -> list[int]:
+        """What has to be the same on all ranks, or they would make other calls than each other: `SAME`, as numbers."""
+        device = x.device.type
+        autocast = torch.is_autocast_enabled(device)
+        types = [x.dtype, torch.get_autocast_dtype(device) if autocast else x.dtype]
+        needs = [x, routing.topk_weights, *self.experts.parameters()]
+        needs = [needs[0].requires_grad, needs[1].requires_grad, any(weight.requires_grad for weight in needs[2:])]
+        return [*(FLOATS.index(kind) for kind in types), torch.is_grad_enabled(), *needs]
+
+    def _require_all_well(self, problem: Exception | None, facts: Sequence[int]) -> None:
         """Raise on every rank what one has met: who goes on alone waits for ever."""
         ranks = self.ranks
         kind = next((n for n, kind in reversed([*enumerate(PROBLEMS, 1)]) if isinstance(problem, kind)), 3)
-        mine = [kind if problem else 0, int(torch.is_grad_enabled()), int(needs_gradient)]
-        kinds, *gradients = ranks.all_gather(torch.tensor(mine, device=ranks.device)).T.tolist()
+        mine = torch.tensor([kind if problem else 0, *facts], device=ranks.device)
+        kinds, *told = ranks.all_gather(mine).T.tolist()
         if any(kinds):
             texts = ranks.gather_text(str(problem) if problem else "")
             if problem:
                 raise problem
             bad = next(r for r, kind in enumerate(kinds) if kind)
             raise PROBLEMS[kinds[bad] - 1](f"Rank {ranks.members[bad]}, in route: {texts[bad]}")
-        for what, told in zip(("gradients are enabled", "x needs a gradient"), gradients, strict=True):
-            if len(set(told)) > 1:
-                raise ValueError(
-                    f"{what} on ranks {[r for r, yes in enumerate(told) if yes]} alone, of {ranks.size}: expected the "
-                    "same on all, for the backward pass is collective too."
-                )
+        for what, values in zip(SAME, told, strict=True):
+            if len(set(values)) > 1:
+                shown = [str(FLOATS[v]) for v in values] if what in SAME[:2] else [bool(v) for v in values]
+                listed = ", ".join(f"{v} on rank {member}" for v, member in zip(shown, ranks.members, strict=True))
+                raise ValueError(f"{what}: {listed}. Expected the same on all, for they make the same calls.")
 
 
 def _require_fitting(config: Any, placement: Placement, ranks: Ranks, form: str, node_size: int | None) -> None:

@@ -201,12 +201,12 @@ class Ranks(ABC):
         Raises:
             ValueError: a size that does not divide the number of ranks.
         """
+        self.agree("the groups", group_size=group_size)
         if group_size < 1 or self.size % group_size:
             raise ValueError(f"group_size={group_size}: expected a divisor of the {self.size} ranks.")
         group, place = divmod(self.rank, group_size)
         within = [[g * group_size + p for p in range(group_size)] for g in range(self.size // group_size)]
         across = [[ranks[p] for ranks in within] for p in range(group_size)]
-        self.agree("the groups", group_size=group_size)
         return self._subgroup(within, group), self._subgroup(across, place)
 
     # --- what the collectives are built with ----------------------------------------------------------------------

@@ -120,6 +120,9 @@ class SimulatedRanks(Ranks):
             parts = [given[self.rank] for given in self._collect(key)]
             if (came := [len(part) for part in parts]) != receive:
                 raise ValueError(f"receive={receive}, but {came} rows came: expected what each rank sends to this one.")
+            if len({(part.dtype, part.shape[1:]) for part in parts}) > 1:
+                kinds = ", ".join(f"{part.dtype} {tuple(part.shape[1:])}" for part in parts)
+                raise ValueError(f"The ranks sent rows of different kinds: {kinds}. Expected one dtype and width.")
             return torch.cat(parts)
 
         return finish

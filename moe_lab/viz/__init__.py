@@ -9,6 +9,7 @@ from moe_lab.viz.experiments import CureExplorer, bands, curve_band, draw_load
 from moe_lab.viz.picture import Picture
 from moe_lab.viz.placing import draw_rank_loads, draw_traffic
 from moe_lab.viz.routing import RouterExplorer, draw_groups, draw_router, draw_token, heatmaps
+from moe_lab.viz.scaling import draw_savings, draw_scaling, draw_ways
 from moe_lab.viz.sharing import CutExplorer, draw_cut, draw_shared_path
 from moe_lab.viz.text import TextExplorer, draw_text
 from moe_lab.viz.tracing import TraceExplorer, draw_routing, draw_visits
@@ -40,6 +41,8 @@ __all__ = [
     "draw_rank_loads",
     "draw_router",
     "draw_routing",
+    "draw_savings",
+    "draw_scaling",
     "draw_shared_path",
     "draw_shares",
     "draw_sort",
@@ -47,6 +50,7 @@ __all__ = [
     "draw_token",
     "draw_traffic",
     "draw_visits",
+    "draw_ways",
     "growth",
     "heatmap",
     "heatmaps",
