@@ -109,6 +109,14 @@ def test_any_groups(impl, counts, width, out_width):
     assert_agrees(impl, *made(counts, 4 * width, 4 * out_width), counts)
 
 
+@pytest.mark.parametrize("impl", ["auto", *IMPLS])
+def test_no_group_at_all_has_a_result_and_gradients_of_no_elements(impl):
+    rows, weights = torch.zeros(0, 8, requires_grad=True), torch.zeros(0, 4, 8, requires_grad=True)
+    y = grouped_mm(rows, weights, torch.zeros(0, dtype=torch.int32), impl)
+    y.sum().backward()
+    assert (y.shape, rows.grad.shape, weights.grad.shape) == ((0, 4), (0, 8), (0, 4, 8))
+
+
 @pytest.mark.parametrize("impl", ["reference", "padded"])
 def test_gradients_in_fp64(impl):
     counts = [2, 0, 3]

@@ -5,7 +5,8 @@ The contract, for every variant in `GROUPED_MM`:
     rows (R, I), weights (E, O, I), offsets (E,) int32 -> (R, O)
 
 Row r belongs to the group e with `offsets[e - 1] <= r < offsets[e]` (the first begins at 0, the last ends at R) and
-becomes `rows[r] @ weights[e].T`. Groups may be empty. Gradients reach rows and weights; an empty group's is zero.
+becomes `rows[r] @ weights[e].T`. Groups may be empty, and `grouped_mm` takes none at all. Gradients reach rows and
+weights; an empty group's is zero.
 """
 
 from collections.abc import Callable
@@ -31,6 +32,8 @@ def grouped_mm(rows: Tensor, weights: Tensor, offsets: Tensor, impl: str = "auto
         impl = choose_impl(rows, weights)
     if impl not in GROUPED_MM:
         raise ValueError(f"impl={impl!r}: expected one of auto, {', '.join(GROUPED_MM)}.")
+    if len(weights) == 0:
+        return rows @ weights.sum(0).T  # no groups, no rows: nothing to multiply, but a way back for gradients
     return GROUPED_MM[impl](rows, weights, offsets)
 
 
