@@ -142,6 +142,19 @@ def _jupyter() -> Found:
     return "ok", ", ".join(f"{piece} {metadata.version(piece)}" for piece in JUPYTER_PIECES)
 
 
+def _ranks() -> Found:
+    """What notebook 07 needs to start its ranks as processes; where one of these is missing, it simulates them."""
+    if "torch" not in sys.modules:
+        return "note", "unknown until PyTorch works"
+    import torch.distributed
+
+    if find_spec("ipyparallel") is None:
+        return "problem", "ipyparallel not installed", INSTALL_AGAIN
+    if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
+        return "note", "this PyTorch has no gloo; notebook 07 simulates its ranks", "There is nothing to do."
+    return "ok", f"ipyparallel {metadata.version('ipyparallel')} and gloo, for ranks that are processes"
+
+
 def _kernel() -> Found:
     from jupyter_client.kernelspec import KernelSpecManager
 
@@ -208,6 +221,7 @@ LOOKS = {
     "Triton": _triton,
     "GPU": _gpu,
     "Jupyter": _jupyter,
+    "Ranks": _ranks,
     "Kernel": _kernel,
     "Package": _package,
     "Corpus": _corpus,

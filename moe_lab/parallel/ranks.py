@@ -39,7 +39,7 @@ class Event:
         rows: to every rank of the group, how many rows were sent, the rank itself included.
         bytes_per_row: bytes of one of them.
         targets: the ranks of the group, as the whole world numbers them.
-        begin, end: seconds on this rank's clock; a collective ends when this rank has what was sent to it.
+        begin, end: seconds on this rank's clock; a collective ends when this rank takes what has come.
     """
 
     kind: str

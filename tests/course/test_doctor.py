@@ -152,6 +152,15 @@ def test_a_missing_piece_of_jupyter(monkeypatch):
     assert_told(find("Jupyter"), "problem", "no_such_piece not installed")
 
 
+def test_ranks_need_ipyparallel_and_gloo(monkeypatch):
+    only(monkeypatch, "Ranks")
+    assert find("Ranks").status == "ok"
+    monkeypatch.setattr(torch.distributed, "is_gloo_available", lambda: False)
+    assert_told(find("Ranks"), "note", "simulates")
+    monkeypatch.setattr(doctor, "find_spec", lambda name: None)
+    assert_told(find("Ranks"), "problem", "ipyparallel not installed")
+
+
 @pytest.mark.parametrize(("python", "status"), [(sys.executable, "ok"), (sys.executable + "s/python", "problem")])
 def test_a_kernel_spec_that_names_its_python(monkeypatch, tmp_path, python, status):
     only(monkeypatch, "Kernel")
