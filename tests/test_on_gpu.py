@@ -1,4 +1,4 @@
-"""What only a GPU can show: no host sync, the same bits every time, NaN that is not routed away, training in bf16."""
+"""What only a GPU can show: no host sync, the same bits every time, NaN that is not routed away, bf16, NCCL."""
 
 import pytest
 import torch
@@ -7,6 +7,7 @@ from torch.testing import assert_close
 from moe_lab.config import BalanceConfig, LMConfig, MoEConfig, TrainConfig
 from moe_lab.lm import LM
 from moe_lab.moe import MoE
+from moe_lab.parallel import FORMS, ExpertParallelMoE, Store, joined
 from moe_lab.train import Trainer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU, and torch sees none")
@@ -105,3 +106,18 @@ def test_recomputation_gives_the_same_training():
         trainer = Trainer(LM(TINY_LM).to("cuda"), TEXT, SHORT.but(recompute=recompute))
         losses.append([trainer.step().loss for _ in range(3)])
     assert_close(*losses, rtol=1e-3, atol=1e-3)
+
+
+def test_one_rank_over_nccl_is_the_layer_in_one_process():
+    """With one GPU there is one rank, for NCCL refuses two on a GPU: this shows that every call is one it takes."""
+    layer, x = layer_and_input(CONFIG, torch.float32)
+    expected = forward_and_gradients(layer, x)
+    store = Store()
+    with joined(0, 1, store.address, backend="nccl", timeout=60) as ranks:
+        for form in FORMS:
+            over_ranks = ExpertParallelMoE(layer, ranks, form=form, node_size=1)
+            by_name = dict(zip([name for name, _ in layer.named_parameters()], expected[2:], strict=True))
+            y, dx, *gradients = forward_and_gradients(over_ranks, x)
+            assert_close([y, dx], expected[:2], rtol=1e-4, atol=1e-4)
+            for (name, _), gradient in zip(over_ranks.named_parameters(), gradients, strict=True):
+                assert_close(gradient, by_name[name], rtol=1e-4, atol=1e-4)
