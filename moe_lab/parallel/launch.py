@@ -96,8 +96,8 @@ def outcomes_of(
 
 
 def _context() -> multiprocessing.context.BaseContext:
-    """Processes that are forked from one which has imported torch already, where the system can do that."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
+    """On Linux processes that are forked from one which has imported torch already; elsewhere each imports it."""
+    if sys.platform != "linux":  # macOS' libraries do not survive a fork, Windows has none
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["moe_lab.parallel"])

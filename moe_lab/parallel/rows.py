@@ -87,10 +87,11 @@ class _Sum(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor, None, Tensor | None]:
         rows: RowMap = ctx.rows
+        saved = ctx.saved_tensors  # read once: a recomputed block gives them once
         d_values = dy.index_select(0, rows.row_tokens)  # without the weight as yet
-        if not ctx.saved_tensors:
+        if not saved:
             return d_values, None, None
-        values, weights = ctx.saved_tensors
+        values, weights = saved
         d_weights = torch.linalg.vecdot(d_values, values).index_select(0, rows.token_rows)
         by_row = torch.empty_like(weights).scatter_(0, rows.token_rows, weights)
         return d_values.mul_(by_row[:, None]), None, d_weights

@@ -61,7 +61,9 @@ class ParallelTrainer(Trainer):
         placement: Placement | None = None,
         **options: object,
     ) -> None:
-        ranks.agree("the training", **vars(config), model=model.config, ep_size=ep_size, n_ranks=ranks.size)
+        placed = "even" if placement is None else placement.experts
+        facts = {"model": model.config, "ep_size": ep_size, "n_ranks": ranks.size, "placement": placed}
+        ranks.agree("the training", **vars(config), **facts, **options)
         sequences = config.batch_size // config.micro_batches
         if sequences < ranks.size:
             what = f"batch_size={config.batch_size} in micro_batches={config.micro_batches}"
