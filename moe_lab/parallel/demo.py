@@ -51,7 +51,9 @@ def demo(ranks: ProcessRanks, args: argparse.Namespace) -> float:
         RankError: another rank is gone, or does not come.
     """
     config: RunConfig = read_config(args.config)
-    if args.steps:
+    if args.stop_after is not None and args.stop_after < 1:
+        raise CourseError(f"--stop-after {args.stop_after}: expected 1 or more.")
+    if args.steps is not None:
         config = config.but(training=config.training.but(steps=args.steps))
     if args.resume and args.out is None:
         raise CourseError("--resume needs --out, the folder of the checkpoints.")
@@ -116,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             store = Store()
             ranks = join(0, 1, store.address, timeout=args.timeout)
-    except RankError as error:
+    except (RankError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
 

@@ -168,20 +168,11 @@ class ProcessRanks(Ranks):
         return empty
 
     def _subgroup(self, groups: list[list[int]], mine: int) -> "ProcessRanks":
-        made = None
-        worlds = self._worlds_groups(groups)
-        for group in worlds:  # every process has to make every group, in one order
-            one = dist.new_group(group, timeout=timedelta(seconds=self.timeout))
-            if self.world_rank in group:
-                made = ProcessRanks(one, self._pulse, self.timeout, group, self._shared)
-        return made
-
-    def _worlds_groups(self, groups: list[list[int]]) -> list[list[int]]:
-        """The groups that all ranks of the world are making now, those of other groups like this one included."""
-        mine = [[self.members[rank] for rank in group] for group in groups]
-        if self.size == dist.get_world_size():
-            return mine
-        raise ValueError(f"A group of {self.size} ranks cannot be split again: split the whole world in another way.")
+        members = [self.members[rank] for rank in groups[mine]]
+        # members alone make a group: ranks outside, of which there may be others like this one, take no part
+        waits = timedelta(seconds=self.timeout)
+        group = dist.new_group(members, timeout=waits, use_local_synchronization=True)
+        return ProcessRanks(group, self._pulse, self.timeout, members, self._shared)
 
 
 def join(

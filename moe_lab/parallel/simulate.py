@@ -14,10 +14,6 @@ from torch import Tensor
 from moe_lab.parallel.ranks import RankError, Ranks, _Shared
 
 
-class _Abandoned(BaseException):
-    """Ends a rank whose simulation is over; a BaseException, so that it is not caught by mistake."""
-
-
 class Stage:
     """Where simulated ranks take turns and leave things for each other.
 
