@@ -916,4 +916,4 @@ print(
 show_progress("06")
 
 # %% [markdown]
-# **Next:** 07 · Expert parallelism: what travels when experts live on different ranks?
+# **Next:** [07 · Expert parallelism](07_expert_parallelism.ipynb): what travels when experts live on different ranks?

@@ -9,7 +9,7 @@ NOTEBOOKS: tuple[tuple[str, str, int | None], ...] = (
     ("04", "dispatch", 60),
     ("05", "load balancing", 60),
     ("06", "shared experts", 60),
-    ("07", "expert parallelism", None),
+    ("07", "expert parallelism", 60),
     ("08", "Triton grouped GEMM", None),
     ("09", "arithmetic of MoE", None),
     ("10", "training", None),

@@ -140,7 +140,6 @@ class ProcessRanks(Ranks):
 
     def _all_to_all(self, rows: Tensor, send: list[int], receive: list[int]) -> Callable[[], Tensor]:
         out = rows.new_empty(sum(receive), *rows.shape[1:])
-        rows = rows.detach()
         work = dist.all_to_all_single(out, rows, receive, send, group=self._group, async_op=True)
 
         def finish() -> Tensor:

@@ -150,7 +150,7 @@ class Ranks(ABC):
             raise ValueError(f"rows {tuple(rows.shape)} with strides {rows.stride()}: expected them contiguous.")
         begin = time.perf_counter()
         with self.calling() as stage:
-            finish = self._all_to_all(rows, send, receive)
+            finish = self._all_to_all(rows.detach(), send, receive)
         bytes_per_row = rows[:1].numel() * rows.element_size() if len(rows) else 0
 
         def arrived() -> Tensor:

@@ -99,7 +99,7 @@ class SimulatedRanks(Ranks):
 
     def _collect(self, key: tuple) -> list:
         """What everybody gave in a call, when all have made it."""
-        mail, name = self._place.mail, f"{key[2]} ({self.stage_now})"
+        mail, name = self._place.mail, f"{key[2]} ({self._shared.stages[-1]})" if self._shared.stages else key[2]
         keys = [(*key, rank) for rank in range(self.size)]
         self._place.wait_until(self.world_rank, lambda: all(k in mail for k in keys), name)
         found = [mail[k] for k in keys]

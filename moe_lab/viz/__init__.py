@@ -8,6 +8,7 @@ from moe_lab.viz.dispatching import draw_dispatch, draw_layouts, draw_sort, grow
 from moe_lab.viz.experiments import CureExplorer, bands, curve_band, draw_load
 from moe_lab.viz.picture import Picture
 from moe_lab.viz.placing import draw_rank_loads, draw_traffic
+from moe_lab.viz.ranks import draw_collectives, draw_exchange, draw_regroup, draw_timeline
 from moe_lab.viz.routing import RouterExplorer, draw_groups, draw_router, draw_token, heatmaps
 from moe_lab.viz.scaling import draw_savings, draw_scaling, draw_ways
 from moe_lab.viz.sharing import CutExplorer, draw_cut, draw_shared_path
@@ -29,16 +30,19 @@ __all__ = [
     "curve_band",
     "draw_bench",
     "draw_block",
+    "draw_collectives",
     "draw_curves",
     "draw_cut",
     "draw_dense_to_moe",
     "draw_dispatch",
+    "draw_exchange",
     "draw_ffns",
     "draw_groups",
     "draw_layouts",
     "draw_load",
     "draw_map",
     "draw_rank_loads",
+    "draw_regroup",
     "draw_router",
     "draw_routing",
     "draw_savings",
@@ -47,6 +51,7 @@ __all__ = [
     "draw_shares",
     "draw_sort",
     "draw_text",
+    "draw_timeline",
     "draw_token",
     "draw_traffic",
     "draw_visits",

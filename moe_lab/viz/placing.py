@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from moe_lab.parallel.placement import Placement, rank_loads
@@ -144,7 +145,14 @@ def draw_traffic(
         axes.set_yticks(range(n_ranks))
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
-        figure.colorbar(image, ax=axes, label=f"{unit} sent", format=lambda value, _: f"{value:,.0f}", shrink=0.85)
+        figure.colorbar(
+            image,
+            ax=axes,
+            label=f"{unit} sent",
+            ticks=MaxNLocator(integer=True),
+            format=lambda value, _: f"{value:,.0f}",
+            shrink=0.85,
+        )
         axes.set_title(title, pad=22 if ranks_per_node else 8)
         axes.set(xlabel="to rank", ylabel="from rank")
         mark = Patch(label="stays on its rank", **look)

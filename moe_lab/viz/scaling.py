@@ -134,6 +134,10 @@ def _draw_shares(axes: Axes, ranks: Sequence[int], drawn: Mapping[str, list[floa
     axes.set(ylim=(0, 100), xlim=(ranks[0], ranks[-1]))
 
 
+def _three_digits(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def sent_by_way(cluster: Cluster, model: Model, n_ranks: int, tokens_per_rank: int) -> dict[str, Traffic]:
     """Bytes a rank sends in a step if the ranks share the model in one way alone; the same tokens in all."""
     layouts = {"dp": Layout(n_ranks=n_ranks)} | {
@@ -165,7 +169,9 @@ def draw_ways(
                     )
                     seen.setdefault(WAYS[part], drawn)
                 left += gigabytes
-            axes.annotate(f"{left:.3g}", (left, names[way]), xytext=(4, 0), textcoords="offset points", va="center")
+            axes.annotate(
+                _three_digits(left), (left, names[way]), xytext=(4, 0), textcoords="offset points", va="center"
+            )
         axes.invert_yaxis()
         axes.margins(x=0.1)
         axes.set(
@@ -176,7 +182,9 @@ def draw_ways(
         return Picture(
             figure,
             f"Four bars: gigabytes that each of {n_ranks} ranks sends in a training step of {model.name}. "
-            + "; ".join(f"{' '.join(names[way].split())}: {sent.total / 1e9:.3g}" for way, sent in ways.items())
+            + "; ".join(
+                f"{' '.join(names[way].split())}: {_three_digits(sent.total / 1e9)}" for way, sent in ways.items()
+            )
             + ". What expert parallelism sends is cut into its rows and the gradients of all that is copied.",
         )
 
