@@ -124,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def told_to_end(*_: object) -> None:
         """torchrun ends all ranks when one has failed: say which before ending."""
-        raise ranks.lost(ranks.stage_now, "told to end")
+        raise ranks.lost("told to end")
 
     signal.signal(signal.SIGTERM, told_to_end)
     error: BaseException | None = None

@@ -16,12 +16,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_lab.parallel.ranks import RankError, Ranks, _Shared
+from moe_lab.parallel.ranks import NO_STAGE, RankError, Ranks, _Shared
 
 TIMEOUT = 600.0  # seconds that a rank waits for another; what the first step compiles must fit in
 SECONDS_A_BEAT = 0.25
 SILENT_AFTER = 6 * SECONDS_A_BEAT
 JOIN_TIMEOUT = 120.0
+OWN_CODE = "its own code"  # what a rank is in, outside of any stage and any call
 
 
 class Pulse:
@@ -113,28 +114,35 @@ class ProcessRanks(Ranks):
         return torch.device("cuda", torch.cuda.current_device()) if is_gpu else torch.device("cpu")
 
     @contextmanager
-    def calling(self, stage: str | None = None) -> Iterator[str]:
+    def calling(self, kind: str, stage: str | None = None) -> Iterator[str]:
         """Turns what torch.distributed raises into a `RankError` that names the rank and the stage."""
         stage = self.stage_now if stage is None else stage
+        told = kind if stage == NO_STAGE else stage
         self._shared.calls += 1
-        self._pulse.now(stage, self._shared.calls, waits=True)
+        self._pulse.now(told, self._shared.calls, waits=True)
         try:
             yield stage
         except RankError:
             raise
         except RuntimeError as error:
-            raise self.lost(stage, str(error).strip().splitlines()[0][:200]) from None
-        self._pulse.now(stage, self._shared.calls, waits=False)
+            raise self.lost(str(error).strip().splitlines()[0][:200]) from None
+        self._computes()
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """See `Ranks.stage`."""
-        self._pulse.now(name, self._shared.calls, waits=False)
         with super().stage(name):
+            self._computes()
             yield
+        self._computes()
 
-    def lost(self, stage: str, said: str) -> RankError:
+    def _computes(self) -> None:
+        stage = self.stage_now
+        self._pulse.now(OWN_CODE if stage == NO_STAGE else stage, self._shared.calls, waits=False)
+
+    def lost(self, said: str) -> RankError:
         """The error of a rank that cannot go on: it finds out who is the cause, which takes up to two seconds."""
+        stage = self._pulse.stage
         rank, what = self._pulse.who()
         return RankError(f"Gave up in {stage}: {what}. (What was noticed: {said})", rank, stage)
 
@@ -225,7 +233,7 @@ def join(
         pulse.stop()
         said = str(error).strip().splitlines()[0][:200]
         raise RankError(f"Rank {rank} of {size} could not join: {said}", stage="joining") from None
-    pulse.now("no stage", 0, waits=False)
+    pulse.now(OWN_CODE, 0, waits=False)
     return ranks
 
 

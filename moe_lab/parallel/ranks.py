@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+NO_STAGE = "no stage"
+
 
 class RankError(RuntimeError):
     """A rank cannot go on because of another one, or because all of them wait.
@@ -83,7 +85,7 @@ class Pending:
             RankError: another rank is gone, or does not come.
         """
         if self._arrived is None:
-            with self.ranks.calling(self.stage):
+            with self.ranks.calling("all_to_all", self.stage):
                 self._arrived = self._finish()
             self._note()
         return self._arrived
@@ -145,11 +147,12 @@ class Ranks(ABC):
         self, rows: Tensor, send: Sequence[int] | None = None, receive: Sequence[int] | None = None, what: str = "rows"
     ) -> Pending:
         """`all_to_all` without waiting: compute something else, then `wait()` for what was sent here."""
+        _require_tensor("all_to_all", rows)
         send, receive = self._counts(rows, send), self._counts(rows, receive, comes=True)
         if not rows.is_contiguous():
             raise ValueError(f"rows {tuple(rows.shape)} with strides {rows.stride()}: expected them contiguous.")
         begin = time.perf_counter()
-        with self.calling() as stage:
+        with self.calling("all_to_all") as stage:
             finish = self._all_to_all(rows.detach(), send, receive)
         bytes_per_row = rows[:1].numel() * rows.element_size() if len(rows) else 0
 
@@ -167,30 +170,33 @@ class Ranks(ABC):
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """The sum of every rank's tensor, on every rank. All give the same shape."""
+        _require_tensor("all_reduce", tensor)
         begin = time.perf_counter()
-        with self.calling() as stage:
+        with self.calling("all_reduce") as stage:
             total = self._all_reduce(tensor.detach().contiguous())
         self._note("all_reduce", stage, "", (), 0, begin)
         return total
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         """Every rank's tensor, stacked, on every rank: (size, …). All give the same shape."""
+        _require_tensor("all_gather", tensor)
         begin = time.perf_counter()
-        with self.calling() as stage:
+        with self.calling("all_gather") as stage:
             gathered = self._all_gather(tensor.detach().contiguous())
         self._note("all_gather", stage, "", (), 0, begin)
         return gathered
 
     def send(self, tensor: Tensor, to: int) -> None:
         """Point to point: give a tensor to one rank, which has to `receive` it."""
+        _require_tensor("send", tensor)
         self._require_other(to)
-        with self.calling():
+        with self.calling("send"):
             self._send(tensor.detach().contiguous(), to)
 
     def receive(self, like: Tensor, source: int) -> Tensor:
         """Point to point: the tensor that one rank sends, of the shape and dtype of `like`."""
         self._require_other(source)
-        with self.calling():
+        with self.calling("receive"):
             return self._receive(torch.empty_like(like), source)
 
     def split(self, group_size: int) -> tuple["Ranks", "Ranks"]:
@@ -254,7 +260,7 @@ class Ranks(ABC):
     @property
     def stage_now(self) -> str:
         """The innermost stage."""
-        return self._shared.stages[-1] if self._shared.stages else "no stage"
+        return self._shared.stages[-1] if self._shared.stages else NO_STAGE
 
     @contextmanager
     def watch(self) -> Iterator[list[Event]]:
@@ -276,7 +282,7 @@ class Ranks(ABC):
             self._shared.seconds_per_exchange = before
 
     @contextmanager
-    def calling(self, stage: str | None = None) -> Iterator[str]:
+    def calling(self, kind: str, stage: str | None = None) -> Iterator[str]:
         """Around whatever waits for other ranks: an implementation turns its failures into a `RankError`."""
         self._shared.calls += 1
         yield self.stage_now if stage is None else stage
@@ -295,7 +301,10 @@ class Ranks(ABC):
             if len(rows) % self.size:
                 raise ValueError(f"{len(rows)} rows for {self.size} ranks: expected a multiple, or {name}=[…].")
             return [len(rows) // self.size] * self.size
-        counts = [int(n) for n in counts]
+        try:
+            counts = [int(n) for n in counts]
+        except (TypeError, ValueError):
+            raise ValueError(f"{name}={counts}: expected a list of {self.size} numbers, one for every rank.") from None
         if len(counts) != self.size or min(counts) < 0:
             raise ValueError(f"{name}={counts}: expected {self.size} counts of 0 or more, one for every rank.")
         if not comes and sum(counts) != len(rows):
@@ -331,3 +340,8 @@ class Ranks(ABC):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(rank {self.rank} of {self.size})"
+
+
+def _require_tensor(call: str, given: object) -> None:
+    if not isinstance(given, Tensor):
+        raise ValueError(f"{call} was given {type(given).__name__}: expected a tensor, such as torch.tensor(3).")
