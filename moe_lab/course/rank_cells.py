@@ -9,21 +9,18 @@ import gc
 import importlib
 import io
 import linecache
-import socket
 import traceback
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from IPython import get_ipython
 from IPython.lib.pretty import pretty
 
-from moe_lab.parallel.process import ProcessRanks, join, leave
+from moe_lab.parallel.process import ProcessRanks, Store, join, leave
 from moe_lab.parallel.ranks import RankError, Ranks
 
 CHARACTERS = 2_000  # that are kept of what a rank prints in a cell
@@ -260,18 +257,15 @@ _joined: ProcessRanks | None = None
 """The group that this engine is in. It stays the same object, for what the learner made with it."""
 
 
-_store: dist.TCPStore | None = None
+_store: Store | None = None
 """Where the ranks find each other, on one of them."""
 
 
 def open_store_here() -> str:
     """A new store, with nothing of an old group in it; returns its address."""
     global _store
-    listener = socket.create_server(("127.0.0.1", 0))  # a TCPStore by itself listens to the whole network
-    port = listener.getsockname()[1]
-    waits = {"timeout": timedelta(seconds=60), "wait_for_workers": False}
-    _store = dist.TCPStore("127.0.0.1", port, is_master=True, master_listen_fd=listener.detach(), **waits)
-    return f"127.0.0.1:{port}"
+    _store = Store()
+    return _store.address
 
 
 def join_here(size: int, address: str, timeout: float) -> None:

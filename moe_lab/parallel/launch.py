@@ -20,6 +20,7 @@ from typing import Any
 from moe_lab.parallel.process import TIMEOUT, Store, joined
 from moe_lab.parallel.ranks import RankError
 
+LOOPBACK = {"linux": "lo", "darwin": "lo0"}
 SECONDS_TO_FIND_OUT = 4.0  # who is the cause: `Pulse.who` takes up to two, on a busy machine longer
 
 
@@ -134,6 +135,8 @@ def _rank(
 
     torch.set_num_threads(1)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    if sys.platform in LOOPBACK:
+        os.environ["GLOO_SOCKET_IFNAME"] = LOOPBACK[sys.platform]  # nobody else can reach these ranks
     _end_with_parent()
     told: dict[str, Any] = {}
     begin = time.monotonic()

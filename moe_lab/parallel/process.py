@@ -6,6 +6,7 @@ tell which one, and what it did last.
 
 import json
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -247,6 +248,7 @@ def leave(ranks: ProcessRanks, error: BaseException | None = None) -> None:
     if error is not None:
         ranks._pulse.fail(error)
     ranks._pulse.stop()
+    ranks._group = None  # or its connections stay open, and the others wait for what never comes
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -264,12 +266,19 @@ def joined(*args, **kwargs) -> Iterator[ProcessRanks]:
 
 
 class Store:
-    """Where ranks find each other: kept by somebody who is no rank, so that it outlives any of them."""
+    """Where ranks of this machine find each other. Nobody on another one can reach it.
+
+    Whoever keeps it should outlive the ranks: best is who starts them.
+    """
 
     def __init__(self) -> None:
-        self._store = dist.TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=JOIN_TIMEOUT), wait_for_workers=False)
+        listener = socket.create_server(("127.0.0.1", 0))  # a TCPStore by itself listens to the whole network
+        self._port = listener.getsockname()[1]
+        options = {"timeout": timedelta(seconds=JOIN_TIMEOUT), "wait_for_workers": False}
+        descriptor = listener.detach()
+        self._store = dist.TCPStore("127.0.0.1", self._port, is_master=True, master_listen_fd=descriptor, **options)
 
     @property
     def address(self) -> str:
         """What `join` needs."""
-        return f"127.0.0.1:{self._store.port}"
+        return f"127.0.0.1:{self._port}"

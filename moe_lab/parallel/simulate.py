@@ -74,9 +74,10 @@ class Stage:
                 self.changed.notify_all()
                 return
         if self.waits:
-            gone = f" Rank {min(self.ended)} has ended without it." if self.ended else ""
+            first = min(self.ended, default=None)
+            gone = "" if first is None else f" Rank {first} has ended without it."
             waits = "; ".join(f"rank {r} waits in {why}" for r, (_, why) in sorted(self.waits.items()))
-            error = RankError(f"Nobody can go on: {waits}.{gone} Every rank has to make the same calls.")
+            error = RankError(f"Nobody can go on: {waits}.{gone} Every rank has to make the same calls.", first)
             self.over = self.over or error
             self.changed.notify_all()
 
@@ -168,7 +169,7 @@ def simulate(function: Callable[..., Any], size: int, *args: object) -> list:
     place = Stage(size)
     results: list = [None] * size
     failures: list[BaseException] = []
-    kept = torch.get_rng_state()
+    kept, ended = torch.get_rng_state(), threading.Semaphore(0)
 
     def run(rank: int) -> None:
         try:
@@ -179,13 +180,14 @@ def simulate(function: Callable[..., Any], size: int, *args: object) -> list:
             place.abandon(RankError(f"Rank {rank} failed: {type(error).__name__}: {error}", rank))
         finally:
             place.end(rank)
+            ended.release()
 
     threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(size)]
     for thread in threads:
         thread.start()
     try:
-        for thread in threads:
-            thread.join()
+        for _ in threads:
+            ended.acquire()  # not join(): interrupted, that takes a thread that still runs for one that has ended
     finally:
         place.abandon(RankError("The simulation was stopped."))
         torch.set_rng_state(kept)

@@ -182,7 +182,7 @@ def train_and_die(ranks, folder, where) -> None:
 def test_the_last_complete_checkpoint_is_intact_and_resumes(where, tmp_path):
     outcomes = outcomes_of(train_and_die, 3, tmp_path, where, timeout=TIMEOUT)
     assert [outcome.exit_code for outcome in outcomes].count(-signal.SIGKILL) == 1
-    assert all(o.error.startswith("RankError") and o.seconds < WITHIN for o in outcomes if o.exit_code > 0)
+    assert [outcome.error.partition(":")[0] for outcome in outcomes if outcome.exit_code > 0] == ["RankError"] * 2
     state, found = load(tmp_path / "step-2.safetensors")
     assert found == RUN
     torch.manual_seed(0)
