@@ -23,10 +23,10 @@
 # `CPU` · 60 minutes · prerequisites: notebooks 03 and 04
 #
 # At the end **you will have built** a layer of experts that runs in four processes: the way of every token to its experts
-# on other ranks and back, gradients equal to those of one process, a placement that balances the load. You will have
-# counted what travels, and broken it in the ways that shipped code was broken.
+# on other ranks and back, and gradients equal to those of one process. You will have counted what travels, and broken it in
+# the ways that shipped code was broken.
 #
-# Sections marked *optional* go past the hour: run their cells, and read them another time.
+# What is marked *optional*, sections 8 and 10 too, goes past the hour: run its cells, and read it another time.
 
 # %%
 import torch
@@ -44,12 +44,12 @@ torch.set_num_threads(1)
 # %% [markdown]
 # ## Predict first
 #
-# Four processes share a layer: each has a quarter of the experts and a quarter of the tokens. A token goes to two experts,
-# anywhere. **How many of 100 copies leave their process?** And of three exchanges with equal buffers, all-reduce,
-# all-gather and all-to-all: **which sends the most bytes?** Sections 9 and 11 will tell.
+# Four processes share a layer: each has a quarter of the experts and of the tokens. A token goes to two experts, anywhere:
+# two copies. **How many of 100 copies leave their process?** And of all-reduce, all-gather and all-to-all on equal buffers:
+# **which sends the most bytes?** Write your guesses for `None`; sections 9 and 11 tell.
 
 # %%
-my_guess = {"copies that leave, of 100": 50, "most bytes": "all-to-all"}
+my_guess = {"copies that leave, of 100": None, "most bytes": None}
 
 # %% [markdown]
 # ## 1 What a rank is
@@ -61,7 +61,8 @@ my_guess = {"copies that leave, of 100": 50, "most bytes": "all-to-all"}
 cluster = start_cluster(4)
 
 # %% [markdown]
-# A cell that begins with `%%px` runs on **every** rank. Each has names of its own, and does not see this notebook's.
+# A cell that begins with `%%px` runs on **every** rank. Each has names of its own, and does not see this notebook's; other
+# cells run in the notebook, which is no rank and has no `ranks`.
 
 # %% tags=["nbval-ignore-output"]
 # %%px
@@ -88,36 +89,38 @@ print(numbers.tolist())
 
 # %% [markdown]
 # Ranks talk in **collectives**: calls that all of them make together. Whoever calls waits until the others have called,
-# too. Four of them matter here. **Predict** each line before you run its cell.
+# too. Four ways to talk matter here. **Predict** each one's lines before you run its cell.
+#
+# **all-reduce**: the sum over the ranks, number by number, on every rank.
 
 # %%
 # %%px
 print(ranks.all_reduce(numbers).tolist())
 
 # %% [markdown]
-# **all-reduce**: the sum of all, on every rank. Next: each gives one number.
+# **all-gather**: each gives one number, and everybody gets all of them.
 
 # %%
 # %%px
 print(ranks.all_gather(numbers[0]).tolist())
 
 # %% [markdown]
-# **all-gather**: everybody's, on every rank. Next: each has one number for each rank.
+# **all-to-all**: each has one number for each rank, the first for rank 0, the second for rank 1.
 
 # %%
 # %%px
 print(ranks.all_to_all(numbers).tolist())
 
 # %% [markdown]
-# **all-to-all**: rank 0 got the first number of each, rank 1 the second. Read the four lines of `numbers` as a table: it
-# was transposed. And last, **point to point**: to one neighbour.
+# Read the four lines of `numbers` as a table: it was transposed. And last, **point to point**: from one rank to its next
+# neighbour. `receive` takes a tensor `like` the one that will come, for its shape and type.
 
 # %%
 # %%px
 if ranks.rank < 3:
     ranks.send(numbers[0], to=ranks.rank + 1)
 if ranks.rank > 0:
-    print(ranks.receive(numbers[0], source=ranks.rank - 1).item())
+    print(ranks.receive(like=numbers[0], source=ranks.rank - 1).item())
 
 # %%
 viz.draw_collectives()
@@ -142,8 +145,8 @@ placement = even_placement(n_experts=8, n_ranks=4)
 print(placement.experts)
 
 # %% [markdown]
-# Nine tokens, unevenly spread. Each token is one number, whose tens tell its rank; and each chooses two experts.
-# **Predict** how many of the 18 rows leave their rank.
+# Nine tokens, unevenly spread. Each token is one number, whose tens tell its rank; and each chooses two experts. For each
+# choice a copy of the token is made: a **row**.
 
 # %%
 all_x = [[1, 2, 3], [11, 12], [21, 22, 23], [31]]
@@ -156,17 +159,23 @@ all_choices = [
     torch.tensor([[4, 0], [5, 6], [2, 5]]),
     torch.tensor([[6, 1]]),
 ]
+print(sum(choices.numel() for choices in all_choices), "rows")
+
+# %% [markdown]
+# **Predict** from the lists: how many of the 18 rows leave their rank?
+
+# %%
 viz.draw_exchange(all_choices, placement, all_x)
 
 # %% [markdown]
-# Everybody wants expert 5. Before a rank sends anything, it counts.
+# Everybody wants expert 5. Before sending, a rank counts.
 #
 # ### Exercise 7.1 · what to send
 #
 # ●○○ · 4 minutes · one to four lines
 #
-# `experts` is a placement's tuple, as printed above; every rank holds as many. Return a table (ranks, experts on a rank),
-# `int64`: at [r, j] how many of this rank's rows go to the j-th expert of rank r.
+# `experts` is a placement's tuple, as printed above, of any number of experts; all ranks hold equally many. Return a table
+# (ranks, experts on a rank), `int64`: at [r, j] how many of this rank's rows go to the j-th expert of rank r.
 #
 # <details><summary>Hint 1</summary>
 #
@@ -209,8 +218,8 @@ viz.draw_traffic(
 # %% [markdown]
 # ## 3 The way there
 #
-# Give every rank a copy of what we have: our function, the placement, the data. Each takes its own part, and brings its
-# rows into the order of their experts, as in notebook 04. In that order they also stand rank by rank.
+# `cluster.push` copies names from here to all ranks. (If you solve an exercise later, run the `push` below it again.) And
+# `%%px --local` runs a cell here *and* on all ranks.
 
 # %%
 all_weights = [torch.tensor([0.75, 0.25]).expand(choices.shape) for choices in all_choices]
@@ -219,20 +228,26 @@ cluster.push(all_x=all_x, all_choices=all_choices, all_weights=all_weights)
 
 # %%
 # %%px --local
-from moe_lab import dispatch as local  # notebook 04's functions: everything on one rank
+from moe_lab import dispatch as one_rank  # notebook 04's functions
+
+# %% [markdown]
+# Each rank takes its own part, and sorts its rows by expert, as in notebook 04. In that order they also stand rank by rank,
+# *because this placement is in order*. For another one, renumber first: sort by the expert's place in the list of all
+# ranks' experts.
 
 # %%
 # %%px
 x, choices = all_x[ranks.rank], all_choices[ranks.rank]
-plan = local.sort_choices(choices, n_experts=8)
-rows = local.permute(x, plan)  # (R, 1)
+plan = one_rank.sort_choices(choices, n_experts=8)
+rows = one_rank.permute(x, plan)  # (R, 1)
 counts = send_counts(choices, placement.experts)
 print(rows.flatten().tolist(), counts.tolist())
 
 # %% [markdown]
-# Each knows what it sends; what comes is up to the others' routers. So two exchanges: first the **counts**, then the
-# **rows**. Without lists all parts are equal, as above; unequal ones take two, how many to each rank and how many from each.
-# Rank 0 sends one row to rank 1, two to rank 2, three to rank 3:
+# Each knows what it sends; what comes is up to the others' routers. So two exchanges: first **counts**, then **rows**.
+#
+# `ranks.all_to_all(t)` cuts `t` along its first dimension into equal parts, part r for rank r. For unequal parts:
+# `all_to_all(t, send, receive)`, two lists; `send[r]` rows go to rank r, `receive[r]` come from it. Here only rank 0 sends:
 
 # %%
 # %%px
@@ -245,8 +260,8 @@ print(ranks.all_to_all(100 + torch.arange(sum(send)), send, receive).tolist())
 #
 # ●●○ · 7 minutes · three or four lines
 #
-# `rows` (R, D) are sorted by expert; `counts` is 7.1's table. Return what arrived, (R', D), and the table of what came: at
-# [s, j] how many rows from rank s for this rank's j-th expert. Rows for the rank itself go through the call, too.
+# `rows` (R, D) are sorted by rank and expert; `counts` is 7.1's table. Return what arrived, (R', D), and the table of what
+# came: at [s, j] how many rows from rank s for this rank's j-th expert. Rows for the rank itself go through the call, too.
 #
 # <details><summary>Hint 1</summary>
 #
@@ -284,10 +299,12 @@ print(arrived.flatten().tolist(), received.tolist())
 #
 # ## 4 Regroup
 #
-# An expert wants its rows together. They lie rank by rank, and within a rank expert by expert. On rank 2:
+# An expert wants its rows together. They lie rank by rank, and within a rank expert by expert. On rank 2 (`cluster.pull`
+# brings a name's values here, a list with one for each rank):
 
 # %%
-viz.draw_regroup(cluster.pull("received")[2], placement.experts[2])
+came, values = cluster.pull("received")[2], cluster.pull("arrived")[2]
+viz.draw_regroup(came, placement.experts[2], values)
 
 # %% [markdown]
 # ### Exercise 7.3 · regroup
@@ -375,7 +392,7 @@ cluster.push(combine=combine)
 # %%
 # %%px
 back = combine(outputs, order, counts, received, ranks)
-y = local.combine(back, plan, all_weights[ranks.rank])
+y = one_rank.combine(back, plan, all_weights[ranks.rank])
 print(y.flatten().tolist())
 
 # %% [markdown]
@@ -387,41 +404,34 @@ alone = (weights * (choices + 1) * x).sum(1, keepdim=True)
 print("four ranks equal one process:", torch.equal(torch.cat(cluster.pull("y")), alone))
 
 # %% [markdown]
-# **The whole layer**, in the form that it has in real code: notebook 04's, cut open where a row leaves its rank.
+# **The whole layer**: notebook 04's, cut open where a row leaves its rank. So that it holds for any placement, choices are
+# renumbered first: `choose_slots` gives the expert's place in the list of all ranks' experts, its *slot*. In that order
+# rows do stand rank by rank.
 
 
 # %%
-def forward(x, routing, experts, own, ranks):
-    """This rank's (T, D) to (T, D); `own` are its experts, `experts` says who holds which."""
-    plan = local.make_plan(routing)
-    counts = send_counts(routing.topk_experts, experts)
-    arrived, received = dispatch(local.permute(x, plan), counts, ranks)
+def forward(x, routing, placement, own, ranks):
+    """This rank's (T, D) to (T, D); `own` are its experts, `placement` says who holds which."""
+    slots = placement.choose_slots(routing.topk_experts)
+    plan = one_rank.sort_choices(slots, placement.n_slots)
+    counts = send_counts(routing.topk_experts, placement.experts)
+    arrived, received = dispatch(one_rank.permute(x, plan), counts, ranks)
     order = regroup(received)
     ends = received.sum(0).cumsum(0).int()
     outputs = own(arrived[order], ends)
     rows = combine(outputs, order, counts, received, ranks)
-    return local.combine(rows, plan, routing.topk_weights)
+    return one_rank.combine(rows, plan, routing.topk_weights)
 
 
 # %% [markdown]
 # ## 6 Gradients
 #
 # A gradient goes the way of its row, backwards: so **the backward of an all-to-all is an all-to-all with the counts
-# exchanged**. Autograd has to be told.
-
+# exchanged**. Autograd has to be told; `exchange`, of the package, does that. It starts, and gives a function that waits.
 
 # %%
 # %%px --local
-class AllToAll(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, rows, send, receive, ranks):
-        ctx.way_back = receive, send, ranks
-        return ranks.all_to_all(rows, send, receive)
-
-    @staticmethod
-    def backward(ctx, d_rows):
-        send, receive, ranks = ctx.way_back
-        return ranks.all_to_all(d_rows.contiguous(), send, receive), None, None, None
+from moe_lab.parallel import exchange
 
 
 class WithGradients:
@@ -431,7 +441,9 @@ class WithGradients:
         self.ranks = ranks
 
     def all_to_all(self, rows, send=None, receive=None):
-        return AllToAll.apply(rows, send, receive, self.ranks)
+        if send is None:  # counts, which have no gradient
+            return self.ranks.all_to_all(rows)
+        return exchange(self.ranks, rows, send, receive)()
 
 
 # %% [markdown]
@@ -446,8 +458,9 @@ class WithGradients:
 #
 # ●●○ · 6 minutes · two or three lines
 #
-# The loss is the **mean over the tokens of all ranks**. Every rank called `backward()` on the **sum** over its own `n_tokens`,
-# an `int`. From the gradients of its router and its experts make those of the loss; return both.
+# The loss is the **mean over the tokens of all ranks**. Every rank called `backward()` on the **sum** over its own
+# `n_tokens` (an `int`, perhaps 0), which left the gradients `router` and `experts`, two tensors. Return those of the loss,
+# router first.
 #
 # <details><summary>Hint 1</summary>
 #
@@ -486,7 +499,7 @@ cluster.push(forward=forward, finish_gradients=finish_gradients, layer=layer, to
 # %%px
 x = tokens[ranks.rank].requires_grad_()
 own = layer.experts.take(placement.experts[ranks.rank])
-y = forward(x, layer.router(x), placement.experts, own, WithGradients(ranks))
+y = forward(x, layer.router(x), placement, own, WithGradients(ranks))
 y.square().sum().backward()
 found = finish_gradients(layer.router.weight.grad, own.w_down.grad, len(x), ranks)
 print(f"{len(x)} tokens, router {tuple(found[0].shape)}, experts {tuple(found[1].shape)}")
@@ -508,24 +521,12 @@ print("experts:   ", agree(torch.cat(expert_grads), layer.experts.w_down.grad))
 
 # %% [markdown]
 # Four processes compute what one does, gradients included. The package's `ExpertParallelMoE` is this layer with its corners
-# rounded. **per_rank** sends a token *once* to each rank, however many of its experts live there; the last two go from
-# node to node first.
-
-# %%
-# %%px
-from moe_lab.parallel import FORMS, ExpertParallelMoE
-
-for form in FORMS:
-    packaged = ExpertParallelMoE(layer, ranks, form=form, node_size=2)
-    same = torch.allclose(packaged(x)[0], y, atol=1e-5)
-    if ranks.rank == 0:
-        print(f"{form:<20}equal: {same}")
-
-# %% [markdown]
+# rounded.
+#
 # ## 7 Break it
 #
-# Five mistakes, on **simulated** ranks, which take turns in this process: there a hang is an error message. First the toy's
-# trip as it is, in a form whose steps can be exchanged.
+# Four mistakes, on **simulated** ranks, which take turns in this process: there a hang is an error message. First the toy's
+# trip as it is, its steps exchangeable. (`ranks.stage` only names a step, for error messages.)
 
 
 # %%
@@ -534,16 +535,16 @@ def trip(ranks, choices=None, ids=None, **broken):
     steps = {"dispatch": dispatch, "combine": combine} | broken
     mine = (choices or all_choices)[ranks.rank]
     x, weights = all_x[ranks.rank][: len(mine)], all_weights[ranks.rank][: len(mine)]
-    plan = local.sort_choices(mine, n_experts=8)
+    plan = one_rank.sort_choices(mine, n_experts=8)
     counts = send_counts(mine, placement.experts)
     with ranks.stage("dispatch"):
-        arrived, received = steps["dispatch"](local.permute(x, plan), counts, ranks)
+        arrived, received = steps["dispatch"](one_rank.permute(x, plan), counts, ranks)
     order = regroup(received)
     own = torch.tensor(ids or placement.experts[ranks.rank]) + 1.0
     outputs = arrived[order] * own.repeat_interleave(received.sum(0))[:, None]
     with ranks.stage("combine"):
         rows = steps["combine"](outputs, order, counts, received, ranks)
-    return local.combine(rows, plan, weights)
+    return one_rank.combine(rows, plan, weights)
 
 
 def show(**broken):
@@ -571,8 +572,8 @@ def dispatch_exchanged(rows, counts, ranks):
 show(dispatch=dispatch_exchanged)
 
 # %% [markdown]
-# Lucky: the sums do not fit. Now let one token of each rank send both its rows to the next rank, so that all send and get as
-# much. Right, and broken:
+# Lucky: on some rank the sums do not fit. Now let one token of each rank send both its rows to the next rank, so that all
+# send and get as much. Right, and broken:
 
 # %%
 around = [torch.tensor([pair]) for pair in ([2, 3], [4, 5], [6, 7], [0, 1])]
@@ -590,7 +591,7 @@ show(ids=(0, 1))
 # %% [markdown]
 # Wrong, all nine, and no error. With one rank, local and global ids are the same: a test on one rank finds nothing.
 #
-# **No inverse permutation** on the way back. **Predict** how many of the nine are wrong.
+# **No inverse permutation** on the way back. **Predict**: an error, or results? Of the right tokens?
 
 
 # %%
@@ -601,18 +602,7 @@ def combine_as_it_stands(outputs, order, counts, received, ranks):
 show(combine=combine_as_it_stands)
 
 # %% [markdown]
-# All nine, and no error: each rank gets as many rows as it should, only other tokens'.
-#
-# **A rank leaves early**, for instance because it has no tokens today:
-
-# %%
-try:
-    simulate(lambda ranks: None if ranks.rank == 3 else trip(ranks), 4)
-except Exception as error:
-    print(f"{type(error).__name__}: {error}")
-
-# %% [markdown]
-# On a cluster nothing is to be seen until a time-out, and then an innocent rank reports it.
+# No error, and all nine wrong: each rank gets as many rows as it should, only other tokens'.
 #
 # **The experts' gradients times the number of ranks**: what has copies was averaged over the ranks, the experts were
 # forgotten. Reported of PyTorch, DeepSpeed, Megatron ([1](https://github.com/pytorch/pytorch/issues/160285),
@@ -634,7 +624,20 @@ for make in (torch.optim.SGD, torch.optim.Adam):
 # Adam divides by the gradient's size. In the first report the losses were equal; only clipping by the norm goes wrong. So test
 # **gradients**, not losses.
 #
-# ## 8 A better placement
+# ### A rank leaves early (*optional*)
+#
+# Because it has no tokens, say:
+
+# %%
+try:
+    simulate(lambda ranks: None if ranks.rank == 3 else trip(ranks), 4)
+except Exception as error:
+    print(f"{type(error).__name__}: {error}")
+
+# %% [markdown]
+# On a cluster nothing is to be seen until a time-out, and then an innocent rank reports it.
+#
+# ## 8 A better placement (*optional*)
 #
 # The slowest rank sets the pace: before it has computed, nobody has all rows back. Our trained model, second layer, on Python
 # code, two of eight experts for each byte:
@@ -648,17 +651,17 @@ texts, _ = validation_windows(load_corpus().val["python"], context=128, limit=32
 with torch.no_grad():
     routing = choices_of(load_shipped_model("tiny_moe"), texts)[1]
 loads = routing.tokens_per_expert.tolist()
-print("one expert is more than a rank's fair share:", max(loads) > sum(loads) / 4)
+print("rows, × the mean:", [round(8 * load / sum(loads), 1) for load in loads])
+print("one is more than a rank's fair share:", max(loads) > sum(loads) / 4)
 
 # %% [markdown]
-# Which experts share a rank is free to choose: results are the same.
-#
-# ### Exercise 7.6 · a placement
+# ### Exercise 7.6 · a placement (*optional*)
 #
 # ●●○ · 7 minutes · five to eight lines
 #
 # `loads` is a list with a number for each expert. Place the **heaviest first**, each on the **least loaded** rank that
-# **has room**: a rank holds E / n_ranks experts (which divides). Return a list of expert ids for each rank.
+# **has room**: a rank holds E / n_ranks experts (which divides). Return a list of expert ids for each rank, in any order
+# within a rank.
 #
 # <details><summary>Hint 1</summary>
 #
@@ -676,7 +679,7 @@ print("one expert is more than a rank's fair share:", max(loads) > sum(loads) / 
 # %%
 @exercise("7.6")
 def place(loads, n_ranks):
-    """For each rank its experts. Of equal loads the lower id goes first; so do equal ranks."""
+    """For each rank its experts. Of equal loads the lower id goes first, of equal ranks the lower."""
     ### BEGIN SOLUTION
     held = [[] for _ in range(n_ranks)]
     for expert in sorted(range(len(loads)), key=lambda e: -loads[e]):
@@ -689,9 +692,10 @@ def place(loads, n_ranks):
 # %%
 from moe_lab.parallel.placement import balance_placement
 
+greedy = Placement(place(loads, 4), n_experts=8)
 placements = {
     "in order": even_placement(8, 4),
-    "greedy": Placement(place(loads, 4), n_experts=8),
+    "greedy": greedy,
     "four replicas more": balance_placement(loads, n_ranks=4, n_redundant=4),
 }
 viz.draw_rank_loads(
@@ -703,13 +707,31 @@ viz.draw_rank_loads(
 )
 
 # %% [markdown]
-# Greedy helps as far as whole experts go. One that is too heavy alone is **replicated**: DeepSeek-V3 serves prompts with 32
-# redundant experts, chosen anew every ten minutes or so ([report](https://arxiv.org/abs/2412.19437), section 3.4.1). Its
-# balancer, [EPLB](https://github.com/deepseek-ai/EPLB), is our third group.
+# ("+ 1": and expert 1, whose part is thin.) An expert too heavy alone is **replicated**, at the cost of memory: three
+# places a rank, not two. DeepSeek-V3 serves with 32 redundant experts
+# ([report](https://arxiv.org/abs/2412.19437), section 3.4.1); its balancer, [EPLB](https://github.com/deepseek-ai/EPLB),
+# is our third group.
 #
+# **Check**: section 6's layer, placed greedily, through our `forward`.
+
+# %%
+cluster.push(greedy=greedy)
+
+# %%
+# %%px
+own = layer.experts.take(greedy.experts[ranks.rank])
+with torch.no_grad():
+    moved = forward(x, layer.router(x), greedy, own, ranks)
+
+# %%
+print("greedy placement:", greedy.experts)
+print("equal to one process:", agree(torch.cat(cluster.pull("moved")), y))
+
+# %% [markdown]
 # ## 9 What travels
 #
-# Every copy is D numbers. **Predict** from the tables alone, then **count** at the calls: `ranks.watch()` notes each.
+# Every row is D numbers. **Predict** from the tables of 7.1 alone, then **count** at the calls: `ranks.watch()` notes each.
+# `per_assignment` is our form, a row for every choice. (`per_rank`, which is the package's habit, is for 7.7.)
 
 # %%
 torch.manual_seed(1)
@@ -721,6 +743,8 @@ cluster.push(layer=layer, tokens=tokens)
 
 # %%
 # %%px
+from moe_lab.parallel import ExpertParallelMoE
+
 counted, bytes_sent = {}, {}
 for form in ("per_assignment", "per_rank"):
     packaged = ExpertParallelMoE(layer, ranks, form=form)
@@ -738,27 +762,18 @@ traffic = torch.stack(
 matrix = torch.stack([counted["per_assignment"][0] for counted in cluster.pull("counted")])
 share = (matrix.sum() - matrix.trace()) / matrix.sum()
 print("dispatch as predicted:", torch.equal(matrix, traffic))
-print(f"leave their rank: {share:.0%}; you said {my_guess['copies that leave, of 100']}")
+print(f"leave their rank: {share:.0%}; you said", my_guess["copies that leave, of 100"])
 
 # %% [markdown]
-# Three quarters: of four ranks one is home. That holds for any k, and however uneven the experts are, as long as all ranks'
-# tokens are alike. For 64 ranks it is 98 %.
-
-# %%
-viz.draw_traffic(
-    matrix,
-    title="Rows of one dispatch: 500 tokens a rank, 4 of 16 experts",
-    alt="A matrix of four ranks by four. Its lines are much alike: every rank sends some hundreds "
-    "of rows to each other one, and keeps about a quarter.",
-)
+# Three quarters: of four ranks one is home. It holds for any k and loads, if ranks' tokens are alike. With 64 ranks: 98 %.
 
 # %% [markdown]
 # ### Exercise 7.7 · once to each rank (*optional*)
 #
 # ●●○ · 5 minutes · one to three lines
 #
-# In the form **per_rank** a token travels once to each rank that has one or more of its experts. How many rows leave this
-# rank? `owners` (E,) holds each expert's rank. Return an `int`.
+# In the form **per_rank** a token goes once to each rank with any of its experts. How many rows leave `rank`? `owners` (E,)
+# holds each expert's rank. Return an `int`.
 #
 # <details><summary>Hint 1</summary>
 #
@@ -795,11 +810,11 @@ all_rows = sum(rows["per_assignment"] for rows in cluster.pull("bytes_sent"))
 print(f"once to each rank: {fewer / all_rows:.0%} of the bytes of a row for every choice")
 
 # %% [markdown]
-# ## 10 Hide the wire
+# ## 10 Hide the wire (*optional*)
 #
-# On a laptop an exchange takes no time; on a network it does. So we make the wire **slow on purpose**: 0.1 s for every
-# all-to-all. Two micro-batches: one after the other, or in turns (`overlap`), so that one computes while the other's rows
-# travel. The shared expert computes meanwhile, too.
+# On a network an exchange takes time. So we make the wire **slow on purpose**: 0.1 s for every all-to-all. It has a delay,
+# not a width: two exchanges can be under way together, which helps here as much as computing meanwhile. Two micro-batches:
+# one after the other, or in turns (`overlap`).
 
 # %%
 torch.manual_seed(2)
@@ -838,18 +853,14 @@ viz.draw_timeline(
     "In turns, the second batch's rows travel while the first one computes, and the whole is shorter.",
 )
 
-# %%
-from moe_lab.viz.ranks import seconds
-
-times = {name: seconds(run) for name, run in runs.items()}
-print("in turns is faster:", times["in turns"] < times["one after the other"])
-
 # %% [markdown]
-# What cannot be hidden: the counts. Until they are there, nobody knows how much to receive.
+# Two strips on a wire: exchanges of both batches. Within one batch nobody can skip the wait for the counts; only the other
+# batch's work fills it.
 #
 # ## 11 What it costs
 #
-# Is all-to-all hard because it carries so much? Bytes that each of 64 ranks sends, for a buffer X:
+# Does all-to-all carry so much? Bytes that each of 64 ranks sends; X is the whole buffer, which a rank has *after* an
+# all-gather and *before* the other two.
 
 # %%
 for name, sent in (
@@ -866,10 +877,11 @@ print("you said", my_guess["most bytes"])
 # | all-to-all is | because |
 # |---|---|
 # | irregular | sizes are known only when the router has chosen |
-# | blocking | it comes twice in every layer, and everybody waits for the fullest rank |
+# | blocking | it comes in every layer, there and back, and everybody waits for the fullest rank |
 # | across nodes | every rank talks to every other, and nothing can be summed on the way |
 #
-# In a data centre, eight GPUs share a fast node, and nodes a slower network. DeepSeek-V3's layer on 64 GPUs, modelled:
+# In a data centre, eight GPUs share a *node* with fast links, and nodes a slower network. DeepSeek-V3's layer on 64 GPUs of
+# its kind (H800, network InfiniBand), modelled:
 
 # %%
 viz.draw_savings()
@@ -878,6 +890,8 @@ viz.draw_savings()
 # A token goes once to each *node* and is forwarded there; the router keeps to four nodes; the dispatch is in fp8.
 #
 # ### The four ways side by side (*optional*)
+#
+# Section 1's table in bytes: what a rank sends in one training step if DeepSeek-V3 is shared in one way only, over 8 GPUs.
 
 # %%
 from moe_lab.parallel.cost import DEEPSEEK_V3
@@ -887,7 +901,8 @@ viz.draw_ways(DEEPSEEK_V3)
 # %% [markdown]
 # ### To thousands of GPUs (*optional*)
 #
-# Modelled, not measured: bandwidths and rates are published ones (`moe_lab/parallel/cost.py` has the sources).
+# Modelled, not measured: bandwidths and rates are published ones (`moe_lab/parallel/cost.py` has the sources). *Weak*
+# scaling: every GPU keeps as many tokens as before. *Strong*: all share one batch, and each has less to do.
 
 # %%
 viz.draw_scaling()
@@ -895,7 +910,9 @@ viz.draw_scaling()
 # %% [markdown]
 # ## What real models do
 #
-# To look things up:
+# All send rows by all-to-all and differ in how. To look things up:
+#
+# <details><summary>Who, what, and where it says so</summary>
 #
 # | who | what | source |
 # |---|---|---|
@@ -905,6 +922,8 @@ viz.draw_scaling()
 # | EPLB | replicas and placement, by groups and nodes | [code](https://github.com/deepseek-ai/EPLB) |
 # | Megatron-Core | all-gather or all-to-all dispatchers, overlap with the shared expert | [code](https://github.com/NVIDIA/Megatron-LM/tree/main/megatron/core/transformer/moe) |
 # | torchtitan | this notebook's flow: sort, counts, rows, regroup | [code](https://github.com/pytorch/torchtitan/blob/main/torchtitan/models/common/token_dispatcher.py) |
+#
+# </details>
 #
 # ## Recap
 #

@@ -17,8 +17,9 @@ from moe_lab.viz.dispatching import PALE, expert_colour
 from moe_lab.viz.picture import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, SKY, STYLE, VERMILLION, Picture, new_axes
 
 RANK_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILLION)
+YELLOW = "#F0E442"  # the last one of the palette, for areas only: as a line it is hardly seen on white
 GAP = 0.7  # between two ranks' tokens, or experts
-STAGE_COLOURS = {"route": GREEN, "dispatch": SKY, "shared": PURPLE, "regroup": GREY, "experts": BLUE, "combine": SKY}
+STAGE_COLOURS = {"route": GREEN, "dispatch": SKY, "shared": PURPLE, "regroup": GREY, "experts": BLUE, "combine": YELLOW}
 WIRE_COLOURS = {"counts": GREY, "dispatch": ORANGE, "combine": VERMILLION}
 BLOCKS = ("counts", "")  # exchanges that a stage waits for: it does not compute meanwhile
 SMALLEST_NAMED_SHARE = 5.0  # per cent of the axis: a shorter bar has no room for its name
@@ -131,8 +132,8 @@ def draw_exchange(choices: Sequence[Tensor], placement: Placement, tokens: Seque
     }
     sent, stayed = 0, 0
     with mpl.rc_context(STYLE):
-        figure, axes = new_axes(8.2, 0.36 * left_height + 0.7)
-        axes.set(xlim=(-1.4, 11.4), ylim=(-left_height + 0.3, 1.6))
+        figure, axes = new_axes(8.2, 0.36 * left_height + 0.95)
+        axes.set(xlim=(-1.4, 11.4), ylim=(-left_height - 0.4, 1.6))
         axes.axis("off")
         for x, text in ((0.75, "tokens, and where they are"), (9.25, "experts, and where they are")):
             axes.text(x, 1.3, text, ha="center", va="center", fontsize=9.5)
@@ -151,6 +152,8 @@ def draw_exchange(choices: Sequence[Tensor], placement: Placement, tokens: Seque
             axes.text(10.25, sum(ys) / len(ys), f"rank {rank}", ha="left", va="center")
             for expert in held:
                 _number(axes, 8.5, places[expert][1], f"expert {expert}", rank_colour(rank), 1.5, 9.5)
+        says = "colour: the rank that a row goes to; dashed: it stays at home"
+        axes.text(5.0, -left_height, says, ha="center", va="center", fontsize=9)
         words = "; ".join(
             f"rank {rank}: "
             + (
@@ -187,30 +190,36 @@ def _line(axes: Axes, start: tuple, end: tuple, colour: str, stays: bool) -> Non
 # --- regrouping ---------------------------------------------------------------------------------------------------
 
 
-def draw_regroup(received: Tensor, experts: Sequence[int]) -> Picture:
+def draw_regroup(received: Tensor, experts: Sequence[int], rows: Tensor | None = None) -> Picture:
     """Rows as they arrived, rank by rank, and the same sorted by expert.
 
     Args:
         received: (ranks, own) how many rows came from each rank for each of these experts.
         experts: the ids of this rank's experts.
+        rows: (R', 1) or (R',) the numbers that the rows are called by, as they arrived; by default they have none.
     """
     size, own = received.shape
     order, ends = by_expert(received)
     counts = received.tolist()
     names = [(source, local) for source in range(size) for local in range(own) for _ in range(counts[source][local])]
     place_of = order.argsort().tolist()
+    tokens = [] if rows is None else [f"token {number:g}\n" for number in rows.flatten().tolist()]
+    silent = [str(source) for source, row in enumerate(counts) if not sum(row)]
     with mpl.rc_context(STYLE):
         figure, axes = new_axes(max(5.0, 0.75 * len(names) + 2.6), 2.9)
         axes.set(xlim=(-2.7, len(names) + 0.1), ylim=(-1.7, 5.0))
         axes.axis("off")
         for y, text in ((3.0, "as they came"), (0.0, "expert by expert")):
             axes.text(-0.2, y, text, ha="right", va="center", fontsize=9.5)
+        if silent:
+            axes.text(-0.2, 4.2, f"none from rank {_and(silent)}", ha="right", va="center", fontsize=9.5)
         for place, (_, local) in enumerate(names):
             colour = expert_colour(experts[local])
+            text = f"expert {experts[local]}" if len(names) < 9 else f"{experts[local]}"
+            if tokens:
+                text = tokens[place] + text
             for x, y in ((place, 3.0), (place_of[place], 0.0)):
-                _number(
-                    axes, x + 0.04, y, f"expert {experts[local]}" if len(names) < 9 else f"{experts[local]}", colour
-                )
+                _number(axes, x + 0.04, y, text, colour, size=8 if tokens else 10)
             _drop(axes, place + 0.5, place_of[place] + 0.5, colour)
         begin = 0
         for source in range(size):
@@ -224,9 +233,13 @@ def draw_regroup(received: Tensor, experts: Sequence[int]) -> Picture:
         came = ", ".join(f"{sum(row)} from rank {rank}" for rank, row in enumerate(counts))
         return Picture(
             figure,
-            f"Above, {len(names)} rows in the order in which they came: {came}. Below, the same rows sorted by expert; "
-            f"the order is {', '.join(map(str, order.tolist()))}.",
+            f"Above, {len(names)} rows in the order in which they came: {came}. {_called(tokens)}Below, the same rows "
+            f"sorted by expert; the order is {', '.join(map(str, order.tolist()))}.",
         )
+
+
+def _called(tokens: Sequence[str]) -> str:
+    return f"They are {_and(token.strip() for token in tokens)}. " if tokens else ""
 
 
 def _drop(axes: Axes, start: float, end: float, colour: str) -> None:

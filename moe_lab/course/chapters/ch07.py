@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from moe_lab.course.bank import Case, Exercise, Mistake
+from moe_lab.course.checking import Refused
 from moe_lab.course.rehearsal import rehearse
 from moe_lab.parallel.placement import greedy_placement
 from moe_lab.parallel.ranks import Ranks
@@ -62,6 +63,10 @@ def _count_cases() -> list[Case]:
         Case(name="no tokens", args=(torch.empty(0, 2, dtype=torch.int64), even)),
         Case(name="three ranks", args=(_choices(11, 3, 6, seed=1, empty=4), ((5, 0), (1, 4), (3, 2)))),
         Case(name="two ranks of three", args=(_choices(9, 2, 6, seed=2, empty=5), ((0, 2, 4), (1, 3, 5)))),
+        Case(
+            name="two ranks of five, the last expert empty",
+            args=(_choices(7, 2, 10, seed=3, empty=9), ((0, 9, 2, 3, 4), (5, 6, 7, 8, 1))),
+        ),
     ]
 
 
@@ -79,6 +84,14 @@ def _counts_by_order(topk_experts: Tensor, experts: Experts) -> Tensor:
 def _counts_dealt(topk_experts: Tensor, experts: Experts) -> Tensor:
     of_expert, n_ranks, own = _counted(topk_experts, experts)
     return of_expert.view(own, n_ranks).T
+
+
+def _counts_of_eight(topk_experts: Tensor, experts: Experts) -> Tensor:
+    return topk_experts.flatten().bincount(minlength=8)[torch.tensor(experts)]
+
+
+def _counts_without_the_last(topk_experts: Tensor, experts: Experts) -> Tensor:
+    return topk_experts.flatten().bincount()[torch.tensor(experts)]
 
 
 def _counts_mixed(topk_experts: Tensor, experts: Experts) -> Tensor:
@@ -137,6 +150,18 @@ SEND_COUNTS = Exercise(
             wrong=lambda topk_experts, experts: send_counts(topk_experts, experts).T.clone(),
             says="The table is transposed: a row a rank, a column for each expert on it. Its rows are what is sent "
             "to each rank, so that all-to-all can take them as they lie.",
+        ),
+        Mistake(
+            name="eight experts taken for granted",
+            wrong=_counts_of_eight,
+            says="The list of counts is too short: it has eight places, as the toy has experts. Another model has "
+            "more; how many there are is written in `experts`.",
+        ),
+        Mistake(
+            name="counted only up to the last expert that is used",
+            wrong=_counts_without_the_last,
+            says="The list of counts ends at the highest id that was chosen. An expert that nobody chose has a "
+            "count, too: 0. Say how long the list has to be; the number of experts is written in `experts`.",
         ),
     ),
 )
@@ -207,6 +232,11 @@ def _equal_parts(rows: Tensor, counts: Tensor, ranks: Ranks) -> tuple[Tensor, Te
     return ranks.all_to_all(rows), received
 
 
+def _sent_twice(rows: Tensor, counts: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    received, send = ranks.all_to_all(counts), counts.sum(1).tolist()
+    return ranks.all_to_all(rows, send, send), received
+
+
 def _not_sent(rows: Tensor, counts: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
     _, received = dispatch(rows, counts, ranks)
     return rows, received
@@ -237,6 +267,12 @@ DISPATCH = Exercise(
             wrong=_dispatched(splits=lambda counts, received: (received.sum(1), counts.sum(1))),
             says="The two lists of counts are exchanged: first what this rank sends, then what it gets. Where every "
             "rank gets as many rows as it sends, nothing complains: shapes fit, and rows go to the wrong ranks.",
+        ),
+        Mistake(
+            name="as many expected as are sent",
+            wrong=_sent_twice,
+            says="The same list is given twice: this rank expects from each other one as many rows as it sends "
+            "there. How many will come is in the table that was swapped.",
         ),
         Mistake(
             name="summed over the ranks, not over their experts",
@@ -308,6 +344,22 @@ def _sorted_ids(ids: Tensor, received: Tensor) -> Tensor:
     return ids.repeat_interleave(received.flatten()).sort(stable=True).indices
 
 
+def _run_regroup(solution: Callable, case: Case) -> object:
+    """The order; one that sorts by expert, and mixes the rows of an expert, gets a sentence of its own."""
+    received = case.args[0]
+    order, right = solution(received), regroup(received)
+    if isinstance(order, Tensor) and order.dtype == right.dtype and order.shape == right.shape:
+        local = torch.arange(received.shape[1]).repeat(len(received)).repeat_interleave(received.flatten())
+        is_order = torch.equal(order.sort().values, torch.arange(len(order)))
+        if is_order and not torch.equal(order, right) and torch.equal(local[order], local.sort().values):
+            raise Refused(
+                "Sorted by expert, but not stable: within an expert the rows do not stand in the order in which they "
+                "came. PyTorch's sorts keep the order of equals only if they are told to; if they are, sums in the "
+                "weights' gradients are the same on every run."
+            )
+    return order
+
+
 def _last_source_first(received: Tensor) -> Tensor:
     order, ends = regroup(received), received.sum(0).cumsum(0).tolist()
     return torch.cat([order[start:end].flip(0) for start, end in zip([0, *ends], ends, strict=False)])
@@ -318,6 +370,7 @@ REGROUP = Exercise(
     title="regroup",
     reference=regroup,
     cases=_regroup_cases,
+    run=_run_regroup,
     mistakes=(
         Mistake(
             name="the inverse order",
@@ -346,10 +399,10 @@ REGROUP = Exercise(
             "every rank. The rows arrived rank by rank: read the table row by row.",
         ),
         Mistake(
-            name="the last rank first",
+            name="sorted, and not stable",
             wrong=_last_source_first,
-            says="Expert by expert, but within an expert the last to come stands first. Keep the order in which the "
-            "rows came (a stable sort): the sums in the weights' gradients are then the same on every run.",
+            says="Expert by expert, but within an expert the rows are not in the order in which they came. Keep it (a "
+            "stable sort): the sums in the weights' gradients are then the same on every run.",
         ),
         Mistake(
             name="experts in place of an order",
@@ -421,9 +474,16 @@ def _combine_equal(outputs: Tensor, order: Tensor, counts: Tensor, received: Ten
     return ranks.all_to_all(_undone(outputs, order))
 
 
+def _undone_too_late(outputs: Tensor, order: Tensor, counts: Tensor, received: Tensor, ranks: Ranks) -> Tensor:
+    back = ranks.all_to_all(outputs, received.sum(1).tolist(), counts.sum(1).tolist())
+    rows = torch.empty_like(back)
+    rows[order] = back  # raises where as many rows do not come back as came
+    return rows
+
+
 COMBINE = Exercise(
     id="7.4",
-    title="combine",
+    title="combine over ranks",
     reference=combine,
     cases=_combine_cases,
     run=_on_ranks,
@@ -438,8 +498,15 @@ COMBINE = Exercise(
         Mistake(
             name="the sort applied once more",
             wrong=_combined(prepare=lambda outputs, order: outputs[order]),
-            says="`outputs[order]` sorts what is sorted already. A sort does not undo itself: `rows[order] = "
-            "outputs` does, or the inverse, `order.argsort()`.",
+            says="`outputs[order]` sorts what is sorted already, and a sort does not undo itself. What stands at place "
+            "i now arrived as row order[i]: that is where it has to go again.",
+        ),
+        Mistake(
+            name="undone too late",
+            wrong=_undone_too_late,
+            says="The regrouping is undone after the exchange, by the rank that gets the rows back. `order` is of the "
+            "rows that came here; those that come back are others, sorted as this rank sent them. Undo it before the "
+            "exchange cuts the rows by rank.",
         ),
         Mistake(
             name="the counts of the dispatch, not exchanged",
@@ -530,6 +597,22 @@ def _mean_of_means(router: Tensor, experts: Tensor, n_tokens: int, ranks: Ranks)
     return ranks.all_reduce(router / n) / ranks.size, experts / n / ranks.size
 
 
+def _divided_by_own_tokens(router: Tensor, experts: Tensor, n_tokens: int, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    n = torch.tensor(float(n_tokens))
+    return ranks.all_reduce(router) / n, experts / n
+
+
+def _leaves_without_tokens(router: Tensor, experts: Tensor, n_tokens: int, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    if n_tokens == 0:
+        return router, experts
+    return finish_gradients(router, experts, n_tokens, ranks)
+
+
+AVERAGED = (
+    "That is the habit of data parallelism. The loss is a mean over tokens, and ranks have different numbers of them: "
+    "sum what there is in copies, and divide everything by all ranks' tokens."
+)
+
 FINISH_GRADIENTS = Exercise(
     id="7.5",
     title="gradients",
@@ -584,6 +667,34 @@ FINISH_GRADIENTS = Exercise(
             "many: ask them, with an all-reduce of the number.",
         ),
         Mistake(
+            name="the router averaged over the ranks, the experts left as they are",
+            wrong=_finished(
+                router=lambda router, total, n, ranks: ranks.all_reduce(router) / ranks.size,
+                experts=lambda experts, total, n, ranks: experts.clone(),
+            ),
+            says=f"The router's gradient is averaged over the ranks, and nothing is divided by tokens. {AVERAGED}",
+        ),
+        Mistake(
+            name="averaged over the ranks, not over the tokens",
+            wrong=_finished(
+                router=lambda router, total, n, ranks: ranks.all_reduce(router) / ranks.size,
+                experts=lambda experts, total, n, ranks: experts / ranks.size,
+            ),
+            says=f"Both gradients are divided by the number of ranks. {AVERAGED}",
+        ),
+        Mistake(
+            name="divided by this rank's tokens alone",
+            wrong=_divided_by_own_tokens,
+            says="Both gradients are divided by this rank's tokens. The sums are over all ranks' tokens, so the mean "
+            "divides by all of them; a rank that has none divides by zero. Ask the others how many they have.",
+        ),
+        Mistake(
+            name="a rank without tokens leaves",
+            wrong=_leaves_without_tokens,
+            says="A rank that has no tokens returns before the all-reduce. The others wait for it, on a cluster for "
+            "ever. And its experts may have a gradient: other ranks' tokens came to them.",
+        ),
+        Mistake(
             name="not divided at all",
             wrong=_finished(total=lambda n, ranks: 1.0),
             says="The gradients are summed over the ranks as they should be, and are still those of a sum over "
@@ -602,14 +713,18 @@ def place(loads: Sequence[int], n_ranks: int) -> list[list[int]]:
 
 
 def _run_place(solution: Callable, case: Case) -> object:
-    """The placement with each rank's experts in order: in which order they were placed does not matter."""
+    """The placement as a set for each rank: in which order its experts were placed does not matter, and shows so."""
     placement = solution(*case.args)
     if isinstance(placement, Tensor):
         placement = placement.tolist()
     if not isinstance(placement, list | tuple) or not all(isinstance(held, list | tuple) for held in placement):
         return placement
     held = [[one.item() if isinstance(one, Tensor) else one for one in rank] for rank in placement]
-    return [sorted(rank) if all(type(expert) is int for expert in rank) else rank for rank in held]
+    if not all(type(expert) is int for rank in held for expert in rank):
+        return held
+    if any(len(set(rank)) < len(rank) for rank in held):
+        raise Refused("Some rank holds an expert twice. Each expert is placed once.")
+    return [frozenset(rank) for rank in held]
 
 
 def _place_cases() -> list[Case]:
@@ -725,7 +840,7 @@ def _visited(topk_experts: Tensor, owners: Tensor) -> list[list[int]]:
 
 ROWS_ONCE = Exercise(
     id="7.7",
-    title="what travels when a token goes once",
+    title="once to each rank",
     reference=rows_once,
     cases=_row_cases,
     mistakes=(
@@ -760,6 +875,14 @@ ROWS_ONCE = Exercise(
             wrong=lambda topk_experts, owners, rank: sum(len(set(v)) - 1 for v in _visited(topk_experts, owners)),
             says="One is taken off for every token, as if each had an expert at home. Only those that do visit their "
             "own rank save a trip.",
+        ),
+        Mistake(
+            name="tensors in a set",
+            wrong=lambda topk_experts, owners, rank: sum(
+                len(set(visited) - {rank}) for visited in owners[topk_experts]
+            ),
+            says="Every choice is counted as if it went to a rank of its own: the elements of a tensor are tensors, "
+            "and in a set no two of them are equal. Make numbers of them first: `.tolist()`.",
         ),
         Mistake(
             name="tokens that leave, not rows",

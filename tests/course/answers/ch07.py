@@ -51,6 +51,25 @@ def dealt(experts):
     return torch.arange(len(experts) * len(experts[0])).view(-1, len(experts)).T
 
 
+def count_in_eight_ones(topk_experts, experts):
+    """A table of eight zeros, to which ones are added."""
+    ids = topk_experts.reshape(-1)
+    return torch.zeros(8, dtype=torch.int64).index_add(0, ids, torch.ones_like(ids))[torch.tensor(experts)]
+
+
+def count_in_eight_by_hand(topk_experts, experts):
+    counts = torch.tensor([sum(e == chosen for chosen in topk_experts.flatten().tolist()) for e in range(8)])
+    return counts[torch.tensor(experts)]
+
+
+def count_unique(topk_experts, experts):
+    """As many places as the highest id that was chosen asks for."""
+    counts = torch.zeros(int(topk_experts.max()) + 1 if topk_experts.numel() else 0, dtype=torch.int64)
+    for expert in topk_experts.flatten().tolist():
+        counts[expert] += 1
+    return counts[torch.tensor(experts)]
+
+
 def sorted_by_modulo(experts):
     """For each rank and each remainder the expert of that rank; -1 where there is none, and several are added."""
     own = len(experts[0])
@@ -118,6 +137,12 @@ def dispatch_started(
         return result(pending.wait(), rows, counts, got)
 
     return answer
+
+
+def dispatch_sent_twice_listed(rows, counts, ranks):
+    theirs = ranks.all_to_all(counts)
+    numbers = [sum(row) for row in counts.tolist()]
+    return ranks.all_to_all(rows, send=numbers, receive=numbers), theirs
 
 
 def dispatch_gathered(rows, counts, ranks):
@@ -257,6 +282,19 @@ def combine_scattered(
     return answer
 
 
+def combine_late_by_index(outputs, order, counts, received, ranks):
+    back = ranks.all_to_all(outputs, received.sum(1).tolist(), counts.sum(1).tolist())
+    return back.new_zeros(back.shape).index_copy(0, order, back)
+
+
+def combine_late_in_loop(outputs, order, counts, received, ranks):
+    back = ranks.start_all_to_all(outputs, list(map(sum, received.tolist())), list(map(sum, counts.tolist()))).wait()
+    rows = torch.zeros_like(back)
+    for place, arrived in enumerate(order.tolist()):
+        rows[arrived] = back[place]
+    return rows
+
+
 # 7.5: gradients one all-reduce each, and all in one.
 
 
@@ -303,6 +341,30 @@ def finish_together(
 def finish_in_place(router, experts, n_tokens, ranks):
     total = ranks.all_reduce(torch.tensor([n_tokens])).item()
     return ranks.all_reduce(router).div_(total), experts.clone().div_(total)
+
+
+def finish_alone(router, experts, n_tokens, ranks):
+    """This rank's tokens as a tensor: by zero it gives infinity, and no error."""
+    n = torch.tensor([n_tokens])
+    return (ranks.all_reduce(router) / n).view_as(router), experts / n
+
+
+def finish_alone_in_place(router, experts, n_tokens, ranks):
+    return ranks.all_gather(router).sum(0).div_(n_tokens), experts.clone().div_(n_tokens)
+
+
+def leaves_early(router, experts, n_tokens, ranks):
+    if not n_tokens:
+        return router * 0, experts * 0
+    total = ranks.all_reduce(torch.tensor(n_tokens))
+    return ranks.all_reduce(router) / total, experts / total
+
+
+def leaves_early_joined(router, experts, n_tokens, ranks):
+    if n_tokens > 0:
+        summed = ranks.all_reduce(torch.cat([router.flatten(), torch.tensor([float(n_tokens)])]))
+        return summed[:-1].view_as(router) / summed[-1], experts / summed[-1]
+    return router.clone(), experts.clone()
 
 
 # 7.6: placements with sums kept beside the lists, and with a table of loads.
@@ -407,6 +469,17 @@ def rows_by_table(finish, of=lambda topk_experts, owners: owners[topk_experts]):
     return answer
 
 
+def rows_of_tensors(topk_experts, owners, rank):
+    total = 0
+    for token in topk_experts:
+        seen = set()
+        for expert in token:
+            seen.add(owners[expert])
+        seen.discard(rank)
+        total += len(seen)
+    return total
+
+
 def without(visits, rank):
     return torch.cat([visits[:, :rank], visits[:, rank + 1 :]], 1)
 
@@ -470,6 +543,11 @@ WRONG = {
             count_in_loop(finish=lambda table: table.T.contiguous()),
             count_compared(finish=lambda table: table.movedim(0, 1)),
         ],
+        "eight experts taken for granted": [count_in_eight_ones, count_in_eight_by_hand],
+        "counted only up to the last expert that is used": [
+            count_unique,
+            lambda topk_experts, experts: torch.bincount(topk_experts.reshape(-1))[torch.tensor(experts)],
+        ],
     },
     "7.2": {
         "the table that was sent comes back": [
@@ -483,6 +561,10 @@ WRONG = {
         "send and receive exchanged": [
             dispatch_listed(order=lambda send, receive: (receive, send)),
             dispatch_started(splits=lambda sent, got: (got.sum(-1), sent.sum(-1))),
+        ],
+        "as many expected as are sent": [
+            dispatch_sent_twice_listed,
+            dispatch_started(splits=lambda sent, got: (sent.sum(-1), sent.sum(-1))),
         ],
         "summed over the ranks, not over their experts": [
             dispatch_listed(number=by_column),
@@ -511,7 +593,7 @@ WRONG = {
             order_by_keys(grid=flipped_names),
         ],
         "the table read column by column": [read_by_column_listed, order_by_keys(counts=lambda received: received.T)],
-        "the last rank first": [order_listed(sources=lambda places: places[::-1]), order_by_keys(sign=-1)],
+        "sorted, and not stable": [order_listed(sources=lambda places: places[::-1]), order_by_keys(sign=-1)],
         "experts in place of an order": [
             order_listed(ids_only=True),
             lambda received: torch.cat([torch.full((int(n),), e) for row in received for e, n in enumerate(row)]),
@@ -526,6 +608,7 @@ WRONG = {
             combine_listed(again=True),
             combine_scattered(undo=lambda outputs, order: outputs.index_select(0, order)),
         ],
+        "undone too late": [combine_late_by_index, combine_late_in_loop],
         "the counts of the dispatch, not exchanged": [
             combine_listed(order_of=lambda back, home: (home, back)),
             combine_scattered(sizes=lambda counts, received: (counts.sum(-1), received.sum(-1))),
@@ -576,6 +659,19 @@ WRONG = {
             finish_apart(total=lambda n, ranks: max(n, 1) * ranks.size),
             finish_together(divide=lambda total, n, size: max(n, 1) * size),
         ],
+        "the router averaged over the ranks, the experts left as they are": [
+            finish_apart(
+                of_router=lambda summed, own, total, size: summed / size,
+                of_experts=lambda own, summed, total, size: own,
+            ),
+            finish_together(divide=lambda total, n, size: size, experts_by=float),
+        ],
+        "averaged over the ranks, not over the tokens": [
+            lambda router, experts, n_tokens, ranks: (ranks.all_gather(router).mean(0), experts / ranks.size),
+            finish_together(divide=lambda total, n, size: size),
+        ],
+        "divided by this rank's tokens alone": [finish_alone, finish_alone_in_place],
+        "a rank without tokens leaves": [leaves_early, leaves_early_joined],
         "not divided at all": [
             finish_apart(total=lambda n, ranks: 1),
             finish_together(divide=lambda total, n, size: 1),
@@ -627,6 +723,10 @@ WRONG = {
         "one less for every token": [
             rows_in_loop(lambda visited, rank, experts: len(set(visited)) - 1),
             rows_by_table(lambda visits, rank: ((visits > 0).sum(1) - 1).sum()),
+        ],
+        "tensors in a set": [
+            rows_of_tensors,
+            rows_by_table(lambda visits, rank: visits.sum()),
         ],
         "tokens that leave, not rows": [
             rows_in_loop(lambda visited, rank, experts: int(any(r != rank for r in visited))),
