@@ -187,7 +187,9 @@ def simulate(function: Callable[..., Any], size: int, *args: object) -> list:
         thread.start()
     try:
         for _ in threads:
-            ended.acquire()  # not join(): interrupted, that takes a thread that still runs for one that has ended
+            # not join(): interrupted, that takes a thread that still runs for one that has ended
+            while not ended.acquire(timeout=0.1):  # looks up now and then, or Windows would not hear Ctrl-C
+                pass
     finally:
         place.abandon(RankError("The simulation was stopped."))
         torch.set_rng_state(kept)

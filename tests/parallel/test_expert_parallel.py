@@ -42,6 +42,15 @@ ROUNDED = 8 * 2.0**-9
 HOPS = ("across_then_within", "within_then_across")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """As every rank that is a process has: the same bits ask for sums in the same order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 # --- the reference: one layer, one process, all tokens --------------------------------------------------------------
 
 

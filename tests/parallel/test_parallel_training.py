@@ -28,6 +28,15 @@ FIRST = ((0, 1, 2, 3, 4, 5, 6, 7, 8), (), (11, 10, 9))  # a rank has none
 State = dict[str, Tensor]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """As every rank that is a process has. More would only get into each other's way in models as small as these."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @dataclass(frozen=True)
 class Run:
     """A model, its training, and how it is spread over ranks."""
