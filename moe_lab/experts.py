@@ -110,7 +110,7 @@ class Experts(nn.Module):
         """Some of the experts, in the order of `ids`, with copies of their weights."""
         taken = copy.copy(self)
         taken._parameters = {
-            name: None if whole is None else nn.Parameter(whole.detach()[list(ids)])
+            name: None if whole is None else nn.Parameter(whole.detach()[list(ids)], whole.requires_grad)
             for name, whole in self._parameters.items()
         }
         return taken

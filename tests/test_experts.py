@@ -193,3 +193,17 @@ def test_the_same_bits_every_time_also_with_two_threads_and_biases(impl):
 def test_an_unknown_variant_is_named():
     with pytest.raises(ValueError, match="impl='loop': expected one of auto, reference"):
         made(CONFIG, "loop")(torch.zeros(1, 8), offsets_of([1, 0, 0, 0]))
+
+
+def test_taken_experts_are_copies_in_the_order_asked_for_and_frozen_if_these_were():
+    experts = Experts(MoEConfig(d_model=4, d_ff=2, n_experts=4, top_k=1, expert="relu", expert_bias=True))
+    experts.w_in.requires_grad_(False)
+    taken, x = experts.take([3, 0]), torch.randn(5, 4)
+    for place, expert in enumerate((3, 0)):
+        assert torch.equal(taken.one(place, x), experts.one(expert, x))
+    assert [weight.requires_grad for weight in taken.parameters()] == [
+        weight.requires_grad for weight in experts.parameters()
+    ]
+    with torch.no_grad():
+        taken.w_down.zero_()
+    assert experts.w_down.count_nonzero() > 0
