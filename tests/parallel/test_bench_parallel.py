@@ -29,8 +29,10 @@ def tiny(ranks, function, *args):
 
 
 def test_every_form_is_held_against_the_layer_in_one_process(results):
-    assert results["overhead"].keys() == {"one process", *FORMS}
-    assert all(timing["median"] > 0 for timing in results["overhead"].values())
+    assert results["overhead"].keys() == {parallel.AGAIN, *FORMS}
+    for name, pair in results["overhead"].items():
+        assert pair.keys() == {parallel.ALONE, name}
+        assert all(timing["median"] > 0 for timing in pair.values())
 
 
 def test_shares_add_up_and_bytes_are_those_of_rows_that_leave(results):
@@ -58,8 +60,8 @@ def test_table_and_verdicts_say_what_was_measured(results):
     table = parallel.table(results)
     assert "| per_rank | 1 | 1.00 |" in table
     assert len(table.splitlines()) == 2 + 4
-    slow = {name: {"median": 1.06} for name in FORMS} | {"one process": {"median": 1.0}}
+    slow = {name: {name: {"median": 2.12}, parallel.ALONE: {"median": 2.0}} for name in (parallel.AGAIN, *FORMS)}
     assert parallel.verdicts({"overhead": slow})[-1].endswith("MISSED.")
     assert "+6.0%" in parallel.verdicts({"overhead": slow})[0]
-    fast = slow | {"per_rank": {"median": 1.04}}
+    fast = slow | {"per_rank": {"per_rank": {"median": 2.08}, parallel.ALONE: {"median": 2.0}}}
     assert parallel.verdicts({"overhead": fast})[-1].endswith("met.")
