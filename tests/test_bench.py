@@ -17,6 +17,7 @@ from moe_lab.bench import (
     compare,
     layer_and_input,
     layers,
+    parallel,
     parts,
     timing,
     training,
@@ -24,6 +25,7 @@ from moe_lab.bench import (
 )
 from moe_lab.bench.layers import base_of, spread, table, transformers_block, verdicts
 from moe_lab.cli import main
+from moe_lab.parallel import simulate
 from moe_lab.paths import course_root
 from moe_lab.plain import read_config
 from moe_lab.viz import draw_bench
@@ -133,19 +135,22 @@ def test_the_command_runs_and_the_quick_one_keeps_nothing(monkeypatch, capsys, t
     monkeypatch.setattr(bench, "course_root", lambda: tmp_path)
     monkeypatch.setattr(training, "SIZES", ("moe_notebook",))
     monkeypatch.setattr(training, "peak_bytes", lambda size, name: 1)
+    monkeypatch.setattr(parallel, "SHAPE", TINY)
+    monkeypatch.setattr(parallel, "launch", simulate)
     threads = torch.get_num_threads()
     try:
         assert main(["bench", "--quick", "--rounds", "2"]) == 0
         told = capsys.readouterr().out
         assert "auto is" in told
         assert "as fast as with transformers' block" in told
+        assert "per_rank, the default" in told
         assert not list(tmp_path.iterdir())
         assert main(["bench", "--rounds", "2"]) == 0
     finally:
         torch.set_num_threads(threads)
-    for name in ("cpu", "training"):
+    for name, record in (("cpu", "records"), ("training", "records"), ("parallel", "divided")):
         kept = json.loads((tmp_path / f"{name}.json").read_text())
-        assert {"date", "machine", "threads", "records"} <= kept.keys()
+        assert {"date", "machine", "threads", record} <= kept.keys()
         assert (tmp_path / f"{name}.md").read_text().startswith("# ")
     assert (tmp_path / "cpu.png").read_bytes().startswith(b"\x89PNG")
 
