@@ -18,7 +18,7 @@ from moe_lab.parallel import ExpertParallelMoE, ParallelTrainer, RankError, laun
 from moe_lab.parallel.launch import outcomes_of
 from moe_lab.parallel.process import Store
 
-TIMEOUT = 4.0  # seconds that a rank waits for another here
+TIMEOUT = 3.0  # seconds that a rank waits for another here
 WITHIN = 10.0  # seconds from when all have joined until every surviving rank has ended
 BAD = 1
 CONFIG = MoEConfig(d_model=8, n_experts=6, top_k=2, d_ff=4, n_shared_experts=1)
