@@ -109,6 +109,7 @@ class Experts(nn.Module):
     def take(self, ids: Sequence[int]) -> "Experts":
         """Some of the experts, in the order of `ids`, with copies of their weights."""
         taken = copy.copy(self)
+        taken.__dict__ |= {name: value.copy() for name, value in vars(self).items() if isinstance(value, dict)}
         taken._parameters = {
             name: None if whole is None else nn.Parameter(whole.detach()[list(ids)], whole.requires_grad)
             for name, whole in self._parameters.items()

@@ -207,3 +207,5 @@ def test_taken_experts_are_copies_in_the_order_asked_for_and_frozen_if_these_wer
     with torch.no_grad():
         taken.w_down.zero_()
     assert experts.w_down.count_nonzero() > 0
+    taken.register_forward_hook(lambda *_: pytest.fail("a hook of the copy was called for the original"))
+    experts(torch.randn(4, 4), torch.arange(1, 5, dtype=torch.int32))

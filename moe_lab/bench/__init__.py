@@ -36,7 +36,7 @@ PARTS = ("layers", "training", "parallel")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `moe-lab bench`."""
-    parser.add_argument("--rounds", type=int, default=15, help="timed rounds of every measurement (default 15)")
+    parser.add_argument("--rounds", type=int, default=20, help="timed rounds of every measurement (default 20)")
     parser.add_argument("--only", choices=PARTS, help="measure one part alone")
     parser.add_argument(
         "--quick", action="store_true", help="the first shape and size only, to see that it works; nothing is kept"

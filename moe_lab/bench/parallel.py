@@ -86,7 +86,10 @@ def _divided(ranks: Ranks, form: str, rounds: int) -> dict:
 
 
 def shares(events: list[Event]) -> dict[str, float]:
-    """Seconds of every stage of a forward pass, and of what is left: waiting for rows that are under way."""
+    """Seconds of every stage of a forward pass, and of what is left: waiting for rows that are under way.
+
+    Route ends when all ranks agree, and dispatch begins with the counts: the wait for a slower rank is in both.
+    """
     spent = dict.fromkeys((*STAGES, "rows under way"), 0.0)
     for event in events:
         if event.kind == "compute" and event.stage in STAGES:

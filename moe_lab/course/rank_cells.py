@@ -10,7 +10,7 @@ import importlib
 import io
 import linecache
 import traceback
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
@@ -193,12 +193,15 @@ def pack(values: dict[str, Any]) -> Parcel:
         ValueError: a value that cannot be sent.
     """
     values, modules, sources = dict(values), {}, {}
-    waiting = list(values.values())
+    waiting, seen = list(values.values()), set()
     while waiting:
         function = waiting.pop()
-        if not _is_of_the_notebook(function, FunctionType):
+        if not _is_of_the_notebook(function, FunctionType) or id(function) in seen:
             continue
-        waiting += [cell.cell_contents for cell in function.__closure__ or ()]  # what a decorator has wrapped
+        seen.add(id(function))  # a function may hold itself
+        for cell in function.__closure__ or ():  # what a decorator has wrapped
+            with suppress(ValueError):  # a cell may be empty as yet
+                waiting.append(cell.cell_contents)
         filename = function.__code__.co_filename
         sources[filename] = linecache.getlines(filename)
         for name in _mentioned(function.__code__):
@@ -294,10 +297,9 @@ def run_here(source: str, name: str) -> Said:
 
 
 def _leave(error: BaseException | None = None) -> None:
-    if _joined is not None and _joined._group is not None:
+    if _joined is not None and _joined.is_joined:
         leave(_joined, error)
-        _joined._group = None  # its connections close when nobody holds it any more
-        gc.collect()
+        gc.collect()  # its connections close when nobody holds it any more
 
 
 def unpack_here(parcel: Parcel) -> Failure | None:

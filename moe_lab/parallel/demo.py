@@ -7,6 +7,7 @@ import argparse
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -69,7 +70,7 @@ def demo(ranks: ProcessRanks, args: argparse.Namespace) -> float:
         raise CourseError(f"{folder} holds checkpoints: go on with --resume, or choose another folder with --out.")
     say = print if ranks.rank == 0 else lambda *_, **__: None
     ep_size, n_groups = trainer.experts_group.size, trainer.replicas.size
-    say(f"{ranks.size} ranks in {n_groups} groups; in each, the experts over {ep_size}. From step {trainer.index}:")
+    say(f"ranks: {ranks.size}; groups: {n_groups}, each with the experts over {ep_size}. From step {trainer.index}:")
 
     last = min(config.training.steps, args.stop_after or config.training.steps)
     while trainer.index < last:
@@ -79,7 +80,7 @@ def demo(ranks: ProcessRanks, args: argparse.Namespace) -> float:
         if trainer.index % max(1, config.training.steps // LINES) == 0 or trainer.index == last:
             violation = max(step.max_violations, default=0.0)
             say(f"step {trainer.index:5}  {step.bits_per_byte:.4f} bits per byte  MaxVio {violation:.2f}", end="")
-            say(f"  rank 0 sent {sent / 1e6:.2f} MB to other experts' ranks", flush=True)
+            say(f"  rank 0 sent {sent / 1e6:.2f} MB to other ranks in all-to-alls", flush=True)
         if folder is not None and (trainer.index % config.save_every == 0 or trainer.index == last):
             _save(trainer, config, folder)
     bits = mean_bits(evaluate(trainer.model, corpus.val, context=config.training.context))
@@ -126,14 +127,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         """torchrun ends all ranks when one has failed: say which before ending."""
         raise ranks.lost("told to end")
 
-    signal.signal(signal.SIGTERM, told_to_end)
+    before = signal.signal(signal.SIGTERM, told_to_end)
     error: BaseException | None = None
     try:
         demo(ranks, args)
-    except (RankError, CourseError, Diverged, ValueError, KeyboardInterrupt) as failure:
+    except BaseException as failure:  # whatever it is, the others are to be told
         error = failure
-        print(f"Rank {ranks.rank}: {failure or type(failure).__name__}", file=sys.stderr, flush=True)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # this rank is ending
+    if isinstance(error, RankError | CourseError | Diverged | ValueError | KeyboardInterrupt):
+        print(f"Rank {ranks.rank}: {str(error) or type(error).__name__}", file=sys.stderr, flush=True)
+    elif error is not None:
+        traceback.print_exception(error)
     leave(ranks, error)
+    signal.signal(signal.SIGTERM, before)
     return 1 if error else 0
 
 

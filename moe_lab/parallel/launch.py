@@ -73,6 +73,8 @@ def outcomes_of(
 
     When one has failed, the others have `timeout` seconds, and a few to find out why, before they are killed.
     """
+    if size < 1:
+        raise ValueError(f"size={size}: expected 1 or more.")
     context = _context()
     store = Store()
     processes: list[BaseProcess] = []
@@ -144,6 +146,7 @@ def _rank(
         with joined(rank, size, address, backend="gloo", timeout=timeout) as ranks:
             begin = time.monotonic()
             told["value"] = function(ranks, *args)
+        pickle.dumps(told)  # or it cannot be sent: an error of this rank's
     except BaseException as error:
         told = {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
     told["seconds"] = time.monotonic() - begin

@@ -206,16 +206,16 @@ def exchange(
 class _Arrive(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows: Tensor, pending: Pending) -> Tensor:
-        ctx.pending = pending
+        # not `pending` itself: it holds what arrived, which holds this, and nothing would be freed in time
+        ctx.ranks, ctx.stage = pending.ranks, f"{pending.stage} backward"
+        ctx.way_back = pending.receive, pending.send, pending.what
         return pending.wait()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_rows: Tensor) -> tuple[Tensor, None]:
-        pending = ctx.pending
-        with pending.ranks.stage(f"{pending.stage} backward"):
-            ranks, what = pending.ranks, pending.what
-            return ranks.all_to_all(d_rows.contiguous(), pending.receive, pending.send, what), None
+        with ctx.ranks.stage(ctx.stage):
+            return ctx.ranks.all_to_all(d_rows.contiguous(), *ctx.way_back), None
 
 
 def swap_counts(ranks: Ranks, counts: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:

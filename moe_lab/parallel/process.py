@@ -19,7 +19,7 @@ from torch import Tensor
 
 from moe_lab.parallel.ranks import NO_STAGE, RankError, Ranks, _Shared
 
-TIMEOUT = 600.0  # seconds that a rank waits for another; what the first step compiles must fit in
+TIMEOUT = 600.0  # seconds that a rank waits for another: long enough for a first step, which may compile
 SECONDS_A_BEAT = 0.25
 SILENT_AFTER = 6 * SECONDS_A_BEAT
 JOIN_TIMEOUT = 120.0
@@ -71,7 +71,7 @@ class Pulse:
         self.store.set(f"pulse/{self.rank}", json.dumps(told))
 
     def who(self) -> tuple[int | None, str]:
-        """The rank that the others wait for in vain, and what is known of it; looks for as long as that takes."""
+        """The rank that the others wait for in vain, and what is known of it; takes up to two seconds."""
         before, told = None, []
         begin = time.monotonic()
         while time.monotonic() - begin < SILENT_AFTER + SECONDS_A_BEAT:
@@ -106,7 +106,24 @@ class ProcessRanks(Ranks):
         self, group: dist.ProcessGroup, pulse: Pulse, timeout: float, members: Sequence[int], shared: _Shared | None
     ) -> None:
         super().__init__(dist.get_rank(group), members, shared)
-        self._group, self._pulse, self.timeout = group, pulse, timeout
+        self._joined, self._pulse, self.timeout = group, pulse, timeout
+
+    @property
+    def _group(self) -> dist.ProcessGroup:
+        if self._joined is None:  # torch.distributed would take None for the whole world
+            raise RankError("This group was left: its ranks cannot talk any more. Join, and split again.")
+        return self._joined
+
+    @property
+    def is_joined(self) -> bool:
+        """Whether it can still talk."""
+        return self._joined is not None
+
+    def _part(self) -> None:
+        """Let go of the group and those split from it: connections that stay open make others wait in vain."""
+        self._joined = None
+        for group in (group for pair in self._splits.values() for group in pair):
+            group._part()
 
     @property
     def device(self) -> torch.device:
@@ -197,7 +214,7 @@ def join(
 
     Args:
         address: "host:port" of the store where ranks find each other, as `Store` keeps it.
-        backend: "gloo" or "nccl"; by default NCCL where this process has a GPU.
+        backend: "gloo" or "nccl"; by default NCCL where each of this machine's ranks can have a GPU of its own.
         timeout: seconds that a rank waits for the others in a call before it gives up.
 
     Raises:
@@ -209,33 +226,51 @@ def join(
     given = (rank, size, address)
     if any(one is None for one in given) and any(one is not None for one in given):
         raise ValueError(f"rank={rank}, size={size}, address={address!r}: expected all three, or none (torchrun).")
-    waits = timedelta(seconds=JOIN_TIMEOUT)
     if address is None:
         missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
         if missing:
             raise ValueError(f"{', '.join(missing)} not in the environment: start with torchrun, or give all three.")
+    pulse = None
+    try:
+        store, rank, size = _meet(rank, size, address)
+        backend = _backend() if backend is None else backend
+        if backend == "nccl":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank % torch.cuda.device_count())))
+        pulse = Pulse(dist.PrefixStore("pulse", _another(store)), rank, size)
+        group_store, seconds = dist.PrefixStore("group", store), timedelta(seconds=timeout)
+        dist.init_process_group(backend, store=group_store, rank=rank, world_size=size, timeout=seconds)
+        ranks = ProcessRanks(dist.group.WORLD, pulse, timeout, range(size), None)
+        ranks.all_reduce(torch.zeros(1, device=ranks.device))  # connects, and waits for all
+    except BaseException as error:
+        if pulse is not None:
+            pulse.stop()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        if not isinstance(error, RuntimeError) or isinstance(error, RankError):
+            raise
+        said = str(error).strip().splitlines()[0][:200]
+        who = "This process" if rank is None else f"Rank {rank} of {size}"
+        raise RankError(f"{who} could not join: {said}", stage="joining") from None
+    pulse.now(OWN_CODE, 0, waits=False)
+    return ranks
+
+
+def _meet(rank: int | None, size: int | None, address: str | None) -> tuple[dist.Store, int, int]:
+    """The store where ranks find each other, this one's number, and how many there are."""
+    waits = timedelta(seconds=JOIN_TIMEOUT)
+    if address is None:
         store, rank, size = next(dist.rendezvous("env://", timeout=waits))
     else:
         host, _, port = address.rpartition(":")
         store = dist.TCPStore(host, int(port), None, False, waits)
-    if backend is None:
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
-    if backend == "nccl":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank % torch.cuda.device_count())))
-    pulse = Pulse(dist.PrefixStore("pulse", _another(store)), rank, size)
-    try:
-        seconds = timedelta(seconds=timeout)
-        store.set_timeout(waits)
-        group_store = dist.PrefixStore("group", store)
-        dist.init_process_group(backend, store=group_store, rank=rank, world_size=size, timeout=seconds)
-        ranks = ProcessRanks(dist.group.WORLD, pulse, timeout, range(size), None)
-        ranks.all_reduce(torch.zeros(1, device=ranks.device))  # connects, and waits for all
-    except RuntimeError as error:
-        pulse.stop()
-        said = str(error).strip().splitlines()[0][:200]
-        raise RankError(f"Rank {rank} of {size} could not join: {said}", stage="joining") from None
-    pulse.now(OWN_CODE, 0, waits=False)
-    return ranks
+    store.set_timeout(waits)
+    return store, rank, size
+
+
+def _backend() -> str:
+    """NCCL where each of this machine's ranks has a GPU of its own, which it insists on; else gloo."""
+    n_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return "nccl" if torch.cuda.is_available() and torch.cuda.device_count() >= n_ranks else "gloo"
 
 
 def _another(store: dist.Store) -> dist.Store:
@@ -245,10 +280,10 @@ def _another(store: dist.Store) -> dist.Store:
 
 def leave(ranks: ProcessRanks, error: BaseException | None = None) -> None:
     """Stop being a rank; with an error, tell the others why."""
+    ranks._pulse.stop()  # first, or a last beat could take the place of the error
     if error is not None:
         ranks._pulse.fail(error)
-    ranks._pulse.stop()
-    ranks._group = None  # or its connections stay open, and the others wait for what never comes
+    ranks._part()
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -1,7 +1,7 @@
 """What a rank is: one of several workers that run the same program on their own part, and talk in collectives.
 
 `Ranks` is the contract, kept by processes (`process`), by a simulator in one process (`simulate`), and for exercises by
-a rehearsal in the course. Whatever a rank sends is noted here, at the call, for those who `watch`.
+a rehearsal in the course. What goes through an all-to-all is counted here, at the call, for those who `watch`.
 """
 
 import json
@@ -74,7 +74,7 @@ class Pending:
     receive: list[int]
     stage: str
     what: str
-    _finish: Callable[[], Tensor]
+    _finish: Callable[[], Tensor] | None
     _note: Callable[[], None]
     _arrived: Tensor | None = None
 
@@ -87,6 +87,7 @@ class Pending:
         if self._arrived is None:
             with self.ranks.calling("all_to_all", self.stage):
                 self._arrived = self._finish()
+            self._finish = None  # and with it what was sent
             self._note()
         return self._arrived
 
@@ -112,6 +113,7 @@ class Ranks(ABC):
     def __init__(self, rank: int, members: Sequence[int], shared: _Shared | None = None) -> None:
         self.rank, self.members = rank, tuple(members)
         self._shared = _Shared() if shared is None else shared
+        self._splits: dict[int, tuple[Ranks, Ranks]] = {}
 
     @property
     def size(self) -> int:
@@ -202,7 +204,7 @@ class Ranks(ABC):
     def split(self, group_size: int) -> tuple["Ranks", "Ranks"]:
         """Two smaller groups of this rank: its `group_size` neighbours, and those in its place among theirs.
 
-        Of 4 ranks, groups of 2 give rank 3 the neighbours (2, 3), and (1, 3) across.
+        Of 4 ranks, groups of 2 give rank 3 the neighbours (2, 3), and (1, 3) across. Asked again, it gives the same.
 
         Raises:
             ValueError: a size that does not divide the number of ranks.
@@ -210,10 +212,13 @@ class Ranks(ABC):
         self.agree("the groups", group_size=group_size)
         if group_size < 1 or self.size % group_size:
             raise ValueError(f"group_size={group_size}: expected a divisor of the {self.size} ranks.")
+        if group_size in self._splits:
+            return self._splits[group_size]
         group, place = divmod(self.rank, group_size)
         within = [[g * group_size + p for p in range(group_size)] for g in range(self.size // group_size)]
         across = [[ranks[p] for ranks in within] for p in range(group_size)]
-        return self._subgroup(within, group), self._subgroup(across, place)
+        self._splits[group_size] = self._subgroup(within, group), self._subgroup(across, place)
+        return self._splits[group_size]
 
     # --- what the collectives are built with ----------------------------------------------------------------------
 

@@ -76,19 +76,19 @@ def agree(got: list[float], expected: list[float]) -> bool:
 def test_ranks_agree_and_a_run_goes_on_with_another_number_of_them(config, alone, tmp_path):
     """2 ranks (2 steps) → 4 ranks, in groups of 2 (1 step) → 1 rank, to the end."""
     begun = run(config, "--out", tmp_path, "--stop-after", 2, n_ranks=2)
-    assert "2 ranks in 1 groups; in each, the experts over 2. From step 0:" in begun.stdout
+    assert "ranks: 2; groups: 1, each with the experts over 2. From step 0:" in begun.stdout
     assert agree(losses(begun)[:2], alone[:2])
-    assert re.search(r"rank 0 sent 0\.0[1-9] MB to other experts' ranks", begun.stdout)
+    assert re.search(r"rank 0 sent 0\.0[1-9] MB to other ranks in all-to-alls", begun.stdout)
     assert begun.stderr.strip() == ""
     assert [path.name for path in tmp_path.iterdir()] == ["step-0000002.safetensors"]
 
     options = ("--out", tmp_path, "--resume")
     further = run(config, *options, "--ep-size", 2, "--stop-after", 3, "--form", "per_assignment", n_ranks=4)
-    assert "4 ranks in 2 groups; in each, the experts over 2. From step 2:" in further.stdout
+    assert "ranks: 4; groups: 2, each with the experts over 2. From step 2:" in further.stdout
     assert agree(losses(further)[:1], alone[2:3])
 
     ended = run(config, *options)
-    assert "1 ranks in 1 groups; in each, the experts over 1. From step 3:" in ended.stdout
+    assert "ranks: 1; groups: 1, each with the experts over 1. From step 3:" in ended.stdout
     assert agree(losses(ended), alone[3:])
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-000000{n}.safetensors" for n in (2, 3, 4)]
     state, _ = load(tmp_path / "step-0000004.safetensors")

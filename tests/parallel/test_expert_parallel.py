@@ -4,8 +4,10 @@ Most of it is simulated, which costs nothing; then one launch of real processes 
 """
 
 import copy
+import gc
 import re
 import time
+import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -31,6 +33,7 @@ from moe_lab.parallel import (
     overlap,
     simulate,
 )
+from moe_lab.parallel.ranks import Pending
 from moe_lab.routing import NotFiniteError
 
 PROPERTY = settings(max_examples=60, deadline=None, derandomize=True)
@@ -767,3 +770,29 @@ def test_processes_agree_with_one(size):
     if size == 4:
         for name, case in MESHES.items():
             assert on_first_group(case, [one[name] for one in told], 2) == [], name
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_arrived_is_freed_with_the_graph_and_not_by_a_collector(form, monkeypatch):
+    """Rows are large: held in a circle, they would stay until Python happens to look for circles."""
+    wait, arrived = Pending.wait, []
+
+    def noted(pending: Pending) -> Tensor:
+        got = wait(pending)
+        arrived.append(weakref.ref(got))
+        return got
+
+    def program(ranks: Ranks) -> None:
+        whole = MoE(MoEConfig(d_model=8, d_ff=4, n_experts=4, top_k=2))
+        layer = ExpertParallelMoE(whole, ranks, form=form, node_size=1)
+        layer(torch.rand(5, 8, requires_grad=True))[0].sum().backward()
+
+    monkeypatch.setattr(Pending, "wait", noted)
+    gc.collect()
+    gc.disable()
+    try:
+        simulate(program, 2)
+        assert len(arrived) > 6
+        assert not [one for one in arrived if one() is not None]
+    finally:
+        gc.enable()

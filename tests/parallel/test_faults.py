@@ -1,6 +1,9 @@
 """Ranks that die, hang, raise, or are of another configuration: the others end soon, with one clear error."""
 
+import math
 import os
+import re
+import shlex
 import signal
 import socket
 import time
@@ -14,9 +17,12 @@ from moe_lab.config import LMConfig, MoEConfig, RunConfig, TrainConfig
 from moe_lab.data import load_corpus
 from moe_lab.lm import LM
 from moe_lab.moe import MoE
-from moe_lab.parallel import ExpertParallelMoE, ParallelTrainer, RankError, launch
+from moe_lab.parallel import ExpertParallelMoE, ParallelTrainer, RankError, even_placement, launch
+from moe_lab.parallel.demo import parse
 from moe_lab.parallel.launch import outcomes_of
 from moe_lab.parallel.process import Store
+from moe_lab.paths import course_root
+from moe_lab.plain import read_config
 
 TIMEOUT = 3.0  # seconds that a rank waits for another here
 WITHIN = 10.0  # seconds from when all have joined until every surviving rank has ended
@@ -218,3 +224,32 @@ def test_a_launch_that_failed_keeps_no_port():
     before = listening()
     outcomes_of(forward_and_backward, 2, "experts", "die", timeout=TIMEOUT)
     assert listening() <= before
+
+
+def give_a_lambda(ranks):
+    return lambda: None
+
+
+def test_what_cannot_be_sent_back_is_told():
+    with pytest.raises(RankError, match=r"Rank 0 of 1 failed: .*pickle"):
+        launch(give_a_lambda, 1, timeout=TIMEOUT)
+    with pytest.raises(ValueError, match="size=0: expected 1 or more"):
+        launch(give_a_lambda, 0)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/several_nodes.md"])
+def test_commands_for_torchrun_fit_their_configuration(page):
+    """Every command of the pages: options that exist, and as many ranks as its experts can be spread over."""
+    text = (course_root() / page).read_text(encoding="utf-8").replace("\\\n", " ")
+    commands = re.findall(r"torchrun(.*?)-m moe_lab\.parallel\.demo(.*)", text)
+    assert commands
+    for launcher, options in commands:
+        n_ranks = math.prod(int(n) for n in re.findall(r"--(?:nnodes|nproc-per-node) (\d+)", launcher))
+        n_ranks *= 2 if "$SLURM_NNODES" in launcher else 1
+        args = parse(shlex.split(options.rstrip("'`. ")))
+        config = read_config(args.config)
+        ep_size = args.ep_size or n_ranks
+        assert n_ranks % ep_size == 0
+        assert ep_size % (args.node_size or 1) == 0
+        assert config.training.batch_size >= n_ranks
+        even_placement(config.model.moe.n_experts, ep_size)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_lab.parallel import RankError, Ranks, launch, simulate
+from moe_lab.parallel import RankError, Ranks, launch, leave, simulate
 from moe_lab.parallel.simulate import SimulatedRanks
 
 SIZE = 4
@@ -682,3 +682,20 @@ def test_any_program_that_processes_can_run():
 
     for seed in range(10):
         assert simulate(program, 4, seed) == [True] * 4
+
+
+def test_a_group_that_was_left_refuses_to_talk_and_a_split_is_made_once():
+    assert launch(leave_and_call, 2, timeout=10) == [(True, True, "This group was left")] * 2
+
+
+def leave_and_call(ranks: Ranks) -> tuple[bool, bool, str]:
+    within, across = ranks.split(1)
+    is_same = ranks.split(1)[0] is within
+    leave(ranks)
+    said = set()
+    for group in (ranks, within, across):
+        try:
+            group.all_reduce(torch.zeros(1))
+        except RankError as error:
+            said.add(str(error).partition(":")[0])
+    return is_same, not ranks.is_joined, *said
