@@ -121,6 +121,7 @@ def notebook(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
             "simulated": "4 ranks, simulated in this process, because MOE_LAB_RANKS=simulated is set\n",
         }
         assert said == ours[request.param]
+        opened.must("import torch")
         opened.must("%%px\nimport os, torch")
         yield opened
     finally:
@@ -274,7 +275,7 @@ def test_what_cannot_be_sent(notebook: Notebook, code: str, complaint: str):
 def test_an_error_tells_which_rank_and_where_and_the_notebook_goes_on(notebook: Notebook):
     notebook.must("def risky(x):\n    y = x + 1\n    raise ValueError(f'{y} is too much')\ncluster.push(risky=risky)")
     notebook.must("%%px\nheld = ranks")
-    shown = notebook.run("%%px\nprint('begin')\nif ranks.rank == 2:\n    risky(6)\nranks.all_reduce(mine)")
+    shown = notebook.run("%%px\nprint('begin')\nif ranks.rank == 2:\n    risky(6)\nranks.all_reduce(torch.ones(1))")
     assert shown.stdout == "".join(f"[stdout:{r}] begin\n" for r in range(4))
     assert shown.error.splitlines() == [
         "Rank 2: ValueError: 7 is too much",
@@ -336,7 +337,7 @@ def test_random_numbers_are_each_ranks_own(notebook: Notebook):
     draw = "print(*(f'{x:.6f}' for x in (torch.rand(1).item(), random.random(), np.random.rand())))"
     assert len({line.split("] ")[1] for line in notebook.must(f"%%px\n{draw}").splitlines()}) == 4
     alone = notebook.must(f"%%px -t 1\n{seed}{draw}")
-    notebook.must("import torch\ntorch.manual_seed(0)")
+    notebook.must("torch.manual_seed(0)")
     together = notebook.must(f"%%px\n{seed}ranks.all_reduce(torch.ones(1))\n{draw}")
     assert together.splitlines()[1] == alone.strip()
     ours = "torch.initial_seed(), torch.equal(torch.rand(1), torch.manual_seed(0) and torch.rand(1))"
