@@ -11,16 +11,16 @@ from moe_lab.config import LMConfig, MoEConfig, RouterConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Parts:
-    """Named whole numbers with their sum."""
+class Parts:
+    """Named numbers with their sum."""
 
     @property
-    def total(self) -> int:
+    def total(self) -> float:
         """The sum of all parts."""
         return sum(self.by_part().values())
 
-    def by_part(self) -> dict[str, int]:
-        """Each part's name and number, in the order in which a token meets them."""
+    def by_part(self) -> dict[str, float]:
+        """Each part's name and number, in the order in which they come."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def share(self, part: str) -> float:
@@ -29,7 +29,7 @@ class _Parts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parameters(_Parts):
+class Parameters(Parts):
     """Learned numbers of a model, over all its layers."""
 
     embedding: int
@@ -44,7 +44,7 @@ class Parameters(_Parts):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Flops(_Parts):
+class Flops(Parts):
     """FLOPs of one forward pass over one sequence, over all layers."""
 
     conv: int = 0

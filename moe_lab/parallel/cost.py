@@ -11,9 +11,10 @@ Memory is left out too: neither does the model say what fits, nor is an expert s
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 from moe_lab.accounting import (
+    Parts,
     count_flops,
     count_parameters,
     expert_parameters,
@@ -325,25 +326,7 @@ PLAIN = Travel()
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Seconds:
-    """Named times with their sum."""
-
-    @property
-    def total(self) -> float:
-        """The sum of all parts, one after the other."""
-        return sum(self.by_part().values())
-
-    def by_part(self) -> dict[str, float]:
-        """Each part's name and seconds."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
-
-    def share(self, part: str) -> float:
-        """One part's share of the total, 0 to 1."""
-        return getattr(self, part) / self.total
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerTime(_Seconds):
+class LayerTime(Parts):
     """Seconds of one layer on the fullest rank: what is not the experts, dispatch, routed experts, combine."""
 
     other: float
@@ -557,7 +540,7 @@ def _gradients(model: Model, layout: Layout, number: str) -> tuple[float, float]
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepTime(_Seconds):
+class StepTime(Parts):
     """Seconds of a training step on the fullest rank. `bubble` is the wait for a pipeline to fill and to drain."""
 
     compute: float

@@ -46,7 +46,7 @@ class Pulse:
         is_cause = not isinstance(error, RankError)
         self.failure = {"is_cause": is_cause, "what": f"{type(error).__name__}: {error}", "stage": self.stage}
         with suppress(RuntimeError):
-            self._tell(-1)
+            self.tell(-1)
 
     def stop(self) -> None:
         """No more beats."""
@@ -63,9 +63,10 @@ class Pulse:
         with suppress(RuntimeError):  # who keeps the store is gone: the others will notice when they call
             while not self.stopped.wait(SECONDS_A_BEAT if beat else 0):
                 beat += 1
-                self._tell(beat)
+                self.tell(beat)
 
-    def _tell(self, beat: int) -> None:
+    def tell(self, beat: int) -> None:
+        """Write down what this rank does, for the others."""
         told = {"beat": beat, "stage": self.stage, "calls": self.calls, "waits": self.waits, "failure": self.failure}
         told["seconds"] = time.monotonic() - self.since
         self.store.set(f"pulse/{self.rank}", json.dumps(told))
@@ -252,6 +253,7 @@ def join(
         who = "This process" if rank is None else f"Rank {rank} of {size}"
         raise RankError(f"{who} could not join: {said}", stage="joining") from None
     pulse.now(OWN_CODE, 0, waits=False)
+    pulse.tell(0)  # at once: who dies before the next beat shall not be seen in joining
     return ranks
 
 
