@@ -9,6 +9,7 @@ from moe_lab.config import MoEConfig
 from moe_lab.dispatch import combine, expert_capacity, make_plan, permute, weights_of_rows
 from moe_lab.experts import Experts
 from moe_lab.ffn import MLP, SwiGLU
+from moe_lab.ops import moe_mlp
 from moe_lab.records import DispatchPlan, ExpertChoice, Routing
 from moe_lab.routing import Router, expert_choice
 
@@ -46,6 +47,17 @@ class MoE(nn.Module):
         self.experts = Experts(config, impl)
         self.shared = SharedExperts(config) if config.n_shared_experts else None
 
+    @property
+    def is_fused(self) -> bool:
+        """Whether `moe_lab.ops.moe_mlp` computes the experts' part in one piece.
+
+        It does with impl="triton" for SwiGLU without biases, weighed at the output, without a capacity. Any other layer
+        goes step by step, its products through `grouped_mm`.
+        """
+        config = self.config
+        plain = config.expert == "swiglu" and not config.expert_bias and config.weigh == "output"
+        return plain and config.capacity_factor is None and self.experts.impl == "triton"
+
     def plan(self, routing: Routing) -> DispatchPlan:
         """Where the tokens' choices go, under this layer's capacity."""
         config = self.config
@@ -65,12 +77,15 @@ class MoE(nn.Module):
         tokens = x.reshape(-1, x.shape[-1])  # (T, D)
         routing = self.router(tokens)
         plan = self.plan(routing)
-        rows = permute(tokens, plan)  # (R, D)
         weights = routing.topk_weights
-        if self.config.weigh == "input":
-            rows = rows * weights_of_rows(weights, plan).to(rows.dtype)
-            weights = torch.ones_like(weights)
-        y = combine(self.experts(rows, plan.offsets), plan, weights)  # (T, D)
+        if self.is_fused:  # the three steps below in one
+            y = moe_mlp(tokens, self.experts.w_in, self.experts.w_down, plan, weights, self.experts.impl)  # (T, D)
+        else:
+            rows = permute(tokens, plan)  # (R, D)
+            if self.config.weigh == "input":
+                rows = rows * weights_of_rows(weights, plan).to(rows.dtype)
+                weights = torch.ones_like(weights)
+            y = combine(self.experts(rows, plan.offsets), plan, weights)  # (T, D)
         if self.shared is not None:
             y = y + self.shared(tokens)
         return y.view_as(x), routing

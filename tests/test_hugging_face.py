@@ -22,6 +22,7 @@ from transformers.models.switch_transformers.modeling_switch_transformers import
     SwitchTransformersConfig,
     SwitchTransformersSparseMLP,
 )
+from variants import each
 
 from moe_lab.config import MoEConfig
 from moe_lab.hugging_face import FAMILIES, from_hugging_face, to_hugging_face
@@ -175,7 +176,7 @@ def test_every_family_is_held_against_its_block():
 
 
 @EVERY_BLOCK
-@pytest.mark.parametrize("impl", GROUPED_MM)
+@pytest.mark.parametrize("impl", each(GROUPED_MM))
 @pytest.mark.parametrize("theirs_impl", ["eager", "grouped_mm"])
 def test_outputs_and_every_gradient(name, impl, theirs_impl, record_property):
     torch.manual_seed(0)

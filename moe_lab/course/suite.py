@@ -1,4 +1,4 @@
-"""`moe-lab test`: lint, unit tests, every notebook solved and unsolved, and the browser; one table at the end."""
+"""`moe-lab test`: lint, unit tests, kernels, every notebook in both forms, and the browser; one table at the end."""
 
 import argparse
 import importlib.util
@@ -21,7 +21,7 @@ from moe_lab.course.kernels import kernel_environment
 from moe_lab.course.lesson import Lesson, canonical, parse, solved, unsolved
 from moe_lab.paths import CourseError, course_root
 
-STEPS = ("lint", "unit", "notebooks", "browser")
+STEPS = ("lint", "unit", "kernels", "notebooks", "browser")
 NEEDED = {
     "hypothesis": "hypothesis",
     "nbval": "nbval",
@@ -67,8 +67,15 @@ def lint(root: Path) -> Result:
 
 
 def unit(root: Path, scratch: Path) -> Result:
-    """All tests but the browser's, two at a time."""
-    return _pytest("unit tests", ["tests", "--ignore=tests/browser", "-n", "2"], root, scratch)
+    """All tests but the browser's and those of Triton's kernels, two at a time."""
+    chosen = ["tests", "--ignore=tests/browser", "-m", "not interpreted"]
+    return _pytest("unit tests", [*chosen, "-n", "2"], root, scratch)
+
+
+def kernels(root: Path, scratch: Path) -> Result:
+    """The tests of Triton's kernels, in its interpreter: a process can either interpret kernels or compile them."""
+    chosen = ["tests", "--ignore=tests/browser", "-m", "interpreted"]
+    return _pytest("kernels", [*chosen, "-n", "2"], root, scratch, TRITON_INTERPRET="1")
 
 
 def browser(root: Path, scratch: Path) -> Result:
@@ -149,6 +156,8 @@ def main(args: argparse.Namespace) -> int:
             results.append(_timed("lint", lint, root))
         if "unit" in chosen:
             results.append(_timed("unit tests", unit, root, scratch))
+        if "kernels" in chosen:
+            results.append(_timed("kernels", kernels, root, scratch))
         if "notebooks" in chosen:
             results += _both_forms(root, scratch, lessons, 1.0 if args.strict_time else 2.0)
         if "browser" in chosen:

@@ -1,0 +1,270 @@
+"""Starts the kernels: which tile, which grid, and autograd around them. Nothing here waits for a GPU.
+
+On the meta device nothing is computed: kernels are compiled for the GPU that `moe_lab.ops.machine_code` names, and what
+is read there is what a launch would run.
+"""
+
+import torch
+import triton
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from moe_lab.ops import kernels
+from moe_lab.ops.tiles import Tile, Tiles, choose_tiles, most_tiles
+from moe_lab.records import DispatchPlan
+
+BAND = 8  # tiles of rows that go through the columns together
+
+
+def is_interpreted() -> bool:
+    """Whether Triton runs kernels in its interpreter: TRITON_INTERPRET=1 was set before it was first imported."""
+    return triton.knobs.runtime.interpret
+
+
+def require_kernels(x: Tensor) -> None:
+    """Raise unless kernels can run on tensors like this one."""
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"impl='triton' takes fp32, bf16 and fp16, and these are {x.dtype}: use impl='auto'.")
+    if is_interpreted() and x.dtype == torch.bfloat16:
+        raise ValueError("impl='triton' in Triton's interpreter: bf16 comes out wrong there. Use fp32 or fp16.")
+    if x.is_cuda or x.is_meta or (is_interpreted() and x.device.type == "cpu"):
+        return
+    raise ValueError(
+        f"impl='triton' needs tensors on an NVIDIA GPU, and these are on {x.device}: use impl='auto', or set "
+        "TRITON_INTERPRET=1 before Python starts, which runs kernels in Triton's interpreter, slowly."
+    )
+
+
+def _capability(x: Tensor) -> int:
+    """The GPU's compute capability as one number, 90 for 9.0; 0 in the interpreter."""
+    return 0 if is_interpreted() else triton.runtime.driver.active.get_current_target().arch
+
+
+def _tiles_for(x: Tensor, n_rows: int, n_groups: int) -> Tiles:
+    return choose_tiles(_capability(x), x.element_size(), n_rows, n_groups)
+
+
+def _precision(x: Tensor) -> str:
+    """How fp32 is multiplied: exactly, unless torch is told that TF32 will do (`set_float32_matmul_precision`)."""
+    return "ieee" if x.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def _launch(kernel, grid: tuple[int, ...], *args, tile: Tile | None = None, **constants) -> None:
+    """Run a kernel; on the meta device compile it only."""
+    if 0 in grid:
+        return
+    if tile is not None:
+        constants |= {"num_warps": tile.warps, "num_stages": tile.stages}
+    if any(getattr(arg, "is_meta", False) for arg in args):
+        kernel.warmup(*args, grid=grid, **constants)
+    else:
+        kernel[grid](*args, **constants)
+
+
+def _blocks(tile: Tile) -> dict[str, int]:
+    return {"BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "BLOCK_K": tile.depth}
+
+
+# --- One launch each ------------------------------------------------------------------------------------------------
+
+
+class RowTiles:
+    """The plan of the tiles of rows, made on the device (`moe_lab.ops.tiles.plan_tiles`), and the groups by size."""
+
+    def __init__(self, offsets: Tensor, n_rows: int, block: int) -> None:
+        self.offsets, self.n_rows, self.n_groups, self.block = offsets, n_rows, len(offsets), block
+        self.n_tiles = most_tiles(n_rows, self.n_groups + 1, block)
+        self.table = offsets.new_empty(3, self.n_tiles)
+        self.by_size = torch.empty_like(offsets)
+        _launch(
+            kernels.plan_tiles, (self.n_groups + 1,),
+            offsets, self.table, self.by_size, self.n_groups, n_rows, self.n_tiles,
+            BLOCK=block, GROUPS=triton.next_power_of_2(self.n_groups + 1),
+        )  # fmt: skip
+
+
+def product(
+    x: Tensor,
+    w: Tensor,
+    tiles: RowTiles,
+    tile: Tile,
+    plan: DispatchPlan | None = None,
+    gather: bool = False,
+    weights: Tensor | None = None,
+    tma: bool = False,
+) -> Tensor:
+    """Rows times the transposed matrix of their group, `w` (E, N, K); (R, K) to (R, N).
+
+    With a plan the results go to the places of their choices, (T·K, N); with `gather` rows come from tokens.
+    """
+    _, n, k = w.shape
+    y = x.new_empty(tiles.n_rows, n)
+    precision = _precision(x)
+    if tma and plan is None and _can_describe(x, w):
+        _product_tma(x, w, y, tiles, tile, precision)
+        return y
+    _launch(
+        kernels.grouped_product, (tiles.n_tiles * triton.cdiv(n, tile.columns),),
+        x, w, y, tiles.table, None if plan is None else plan.row_choices, weights,
+        tiles.n_tiles, tiles.n_groups, n, k, x.stride(0), *w.stride(), y.stride(0),
+        TOP_K=1 if plan is None else plan.choice_rows.shape[1], GATHER=gather, SCATTER=plan is not None,
+        PRECISION=precision, BAND=BAND, EVEN_K=k % tile.depth == 0, tile=tile, **_blocks(tile),
+    )  # fmt: skip
+    return y
+
+
+def _can_describe(x: Tensor, w: Tensor) -> bool:
+    """Whether the copy engine takes both: rows and matrices that begin at multiples of 16 bytes."""
+    straight = w if w.stride(2) == 1 else w.mT
+    aligned = all(
+        t.numel() > 0 and t.data_ptr() % 16 == 0 and all(s * t.element_size() % 16 == 0 for s in t.stride()[:-1])
+        for t in (x, straight)
+    )
+    return aligned and straight.stride(2) == 1
+
+
+def _product_tma(x: Tensor, w: Tensor, y: Tensor, tiles: RowTiles, tile: Tile, precision: str) -> None:
+    transposed = w.stride(2) != 1
+    matrix = [tile.depth, tile.columns] if transposed else [tile.columns, tile.depth]
+    w_blocks = TensorDescriptor.from_tensor(w.mT if transposed else w, [1, *matrix])
+    x_rows = TensorDescriptor.from_tensor(x, [tile.rows, tile.depth])
+    _, n, k = w.shape
+    programs = min(_n_processors(x), tiles.n_tiles * triton.cdiv(n, tile.columns))
+    _launch(
+        kernels.grouped_product_tma, (programs,),
+        x_rows, w_blocks, y, tiles.table, tiles.n_tiles, tiles.n_groups, n, k, y.stride(0),
+        TRANSPOSED=transposed, PRECISION=precision, BAND=BAND, PROGRAMS=programs, tile=tile, **_blocks(tile),
+    )  # fmt: skip
+
+
+def _n_processors(x: Tensor) -> int:
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 132  # as an H100 has
+
+
+def weight_gradient(
+    left: Tensor,
+    right: Tensor,
+    like: Tensor,
+    tiles: RowTiles,
+    tile: Tile,
+    plan: DispatchPlan | None = None,
+    gather: str = "",
+) -> Tensor:
+    """The gradient of `like` (E, M, N): of every group `left.T @ right`; `gather` says which of them holds tokens."""
+    n_groups, m, n = like.shape
+    dw = torch.empty_like(like, memory_format=torch.contiguous_format)
+    _launch(
+        kernels.weight_gradient, (n_groups * triton.cdiv(m, tile.rows) * triton.cdiv(n, tile.columns),),
+        left, right, dw, tiles.offsets, tiles.by_size, None if plan is None else plan.row_choices,
+        tiles.n_rows, m, n, left.stride(0), right.stride(0),
+        TOP_K=1 if plan is None else plan.choice_rows.shape[1],
+        GATHER_LEFT=gather == "left", GATHER_RIGHT=gather == "right",
+        PRECISION=_precision(left), tile=tile, **_blocks(tile),
+    )  # fmt: skip
+    return dw
+
+
+def sum_of_choices(rows: Tensor, top_k: int) -> Tensor:
+    """(T·K, N) to (T, N)."""
+    n = rows.shape[1]
+    y = rows.new_empty(len(rows) // top_k, n)
+    block = min(1024, triton.next_power_of_2(n))
+    _launch(kernels.sum_of_choices, (len(y), triton.cdiv(n, block)), rows, y, n, TOP_K=top_k, BLOCK=block)
+    return y
+
+
+# --- Autograd -------------------------------------------------------------------------------------------------------
+
+
+def grouped(rows: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
+    """The variant "triton" of `moe_lab.ops.grouped_mm`."""
+    require_kernels(rows)
+    return _GroupedProduct.apply(_rows_side_by_side(rows), weights, offsets)
+
+
+def _rows_side_by_side(x: Tensor) -> Tensor:
+    """Kernels take any stride between rows, and none within."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+class _GroupedProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
+        ctx.sizes = sizes = _tiles_for(rows, len(rows), len(weights))
+        ctx.tiles = tiles = RowTiles(offsets, len(rows), sizes.rows)
+        ctx.save_for_backward(rows, weights)
+        return product(rows, weights, tiles, sizes.product, tma=sizes.tma)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        rows, weights = ctx.saved_tensors
+        tiles, sizes = ctx.tiles, ctx.sizes
+        dy = _rows_side_by_side(dy)
+        d_rows = d_weights = None
+        if ctx.needs_input_grad[0]:
+            d_rows = product(dy, weights.mT, tiles, sizes.product, tma=sizes.tma)
+        if ctx.needs_input_grad[1]:
+            d_weights = weight_gradient(dy, rows, weights, tiles, sizes.weight_gradient)
+        return d_rows, d_weights, None
+
+
+def mlp(x: Tensor, w_in: Tensor, w_down: Tensor, plan: DispatchPlan, weights: Tensor) -> Tensor:
+    """The variant "triton" of `moe_lab.ops.moe_mlp`."""
+    require_kernels(x)
+    return _MLP.apply(_rows_side_by_side(x), w_in.contiguous(), w_down.contiguous(), weights.contiguous(), plan)
+
+
+class _MLP(torch.autograd.Function):
+    """Four launches there: plan, gate_up, product, sum. Kept are x and `inner`, what SwiGLU was given."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, w_in: Tensor, w_down: Tensor, weights: Tensor, plan: DispatchPlan) -> Tensor:
+        n_experts, _, width = w_down.shape
+        n_rows, top_k = plan.n_rows, weights.shape[1]
+        sizes = _tiles_for(x, n_rows, n_experts)
+        tiles = RowTiles(plan.offsets, n_rows, sizes.rows)
+        tile = sizes.gate_up
+        hidden = x.new_empty(n_rows, width)
+        inner = x.new_empty(n_rows, 2 * width) if any(ctx.needs_input_grad) else None
+        _launch(
+            kernels.gate_up, (tiles.n_tiles * triton.cdiv(width, tile.columns),),
+            x, w_in, inner, hidden, tiles.table, plan.row_choices,
+            tiles.n_tiles, n_experts, width, x.shape[1], x.stride(0), w_in.stride(0), w_in.stride(1),
+            TOP_K=top_k, PRECISION=_precision(x), BAND=BAND, EVEN_K=x.shape[1] % tile.depth == 0,
+            tile=tile, **_blocks(tile),
+        )  # fmt: skip
+        ctx.plan, ctx.tiles, ctx.sizes = plan, tiles, sizes
+        ctx.save_for_backward(x, w_in, w_down, weights, inner)
+        return sum_of_choices(product(hidden, w_down, tiles, sizes.product, plan, weights=weights), top_k)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, w_in, w_down, weights, inner = ctx.saved_tensors
+        plan, tiles, sizes = ctx.plan, ctx.tiles, ctx.sizes
+        needs_x, needs_in, needs_down, needs_weights, _ = ctx.needs_input_grad
+        dy = _rows_side_by_side(dy)
+        n_choices, top_k, width = plan.n_rows, weights.shape[1], w_down.shape[2]
+        tile = sizes.down_backward
+        d_inner, weighted = torch.empty_like(inner), x.new_empty(n_choices, width)
+        parts = weights.new_empty(triton.cdiv(width, tile.columns), n_choices, dtype=torch.float32)
+        _launch(
+            kernels.down_backward, (tiles.n_tiles * triton.cdiv(width, tile.columns),),
+            dy, w_down, inner, weights, d_inner, weighted, parts, tiles.table, plan.row_choices,
+            tiles.n_tiles, tiles.n_groups, n_choices, width, dy.shape[1], dy.stride(0), w_down.stride(0),
+            w_down.stride(1),
+            TOP_K=top_k, PRECISION=_precision(x), BAND=BAND, EVEN_K=dy.shape[1] % tile.depth == 0,
+            tile=tile, **_blocks(tile),
+        )  # fmt: skip
+        dx = d_in = d_down = d_weights = None
+        if needs_x:
+            dx = sum_of_choices(product(d_inner, w_in.mT, tiles, sizes.product, plan), top_k)
+        if needs_in:
+            d_in = weight_gradient(d_inner, x, w_in, tiles, sizes.weight_gradient, plan, gather="right")
+        if needs_down:
+            d_down = weight_gradient(dy, weighted, w_down, tiles, sizes.weight_gradient, plan, gather="left")
+        if needs_weights:
+            d_weights = parts.sum(0).view_as(weights).to(weights.dtype)
+        return dx, d_in, d_down, d_weights, None
