@@ -12,6 +12,7 @@ _LOOKS = {
     "not started": ("○", "not started", "#808080"),
     "wrong": ("✘", "not right yet", "#d55e00"),
     "failed": ("■", "did not finish", "#d55e00"),
+    "not checked": ("–", "not checked", "#808080"),
 }
 MUTED = "color: var(--jp-ui-font-color2, inherit)"
 

@@ -25,6 +25,7 @@ from moe_lab.course.checking import (
     snapshot,
 )
 from moe_lab.course.display import MUTED, badge, colour, present, prose, word
+from moe_lab.course.kernel_cells import NO_TRITON, Kernel, KernelError, check_apart, has_triton, interprets
 from moe_lab.course.sandbox import Sandbox, Stop, line_in
 
 # --- The decorator ------------------------------------------------------------------------------------------------
@@ -33,7 +34,8 @@ from moe_lab.course.sandbox import Sandbox, Stop, line_in
 def exercise(id: str) -> Callable[[Any], Any]:
     """Checks the function, class or kernel below it and shows how it did.
 
-    The name then stands for the learner's own object if it passed, and for the reference if not.
+    The name then stands for the learner's own object if it passed, and for the reference if not. A kernel becomes a
+    `Kernel`, which runs it in processes of its own.
 
     Raises:
         UnknownExercise: there is no exercise of that id.
@@ -45,8 +47,11 @@ def exercise(id: str) -> Callable[[Any], Any]:
         with _bound(solution, namespace):
             outcome = check(spec, solution, namespace)
         present(outcome)
-        progress.record(id, outcome.status, outcome.mistake, namespace)
-        return solution if outcome.status == "passed" else spec.reference
+        if outcome.status != "not checked":
+            progress.record(id, outcome.status, outcome.mistake, namespace)
+        if outcome.status != "passed":
+            return spec.reference
+        return Kernel.of(solution) if isinstance(spec.reference, Kernel) else solution
 
     return decorate
 
@@ -84,7 +89,7 @@ class Outcome:
 
     exercise: str
     title: str
-    status: Literal["passed", "not started", "wrong", "failed"]
+    status: Literal["passed", "not started", "wrong", "failed", "not checked"]
     headline: str = ""
     says: str = ""
     mistake: str | None = None
@@ -140,6 +145,8 @@ def check(exercise: Exercise, solution: Any, namespace: dict[str, Any]) -> Outco
     wanted, given = _kind(exercise.reference), _kind(solution)
     if wanted != given:
         return outcome("wrong", f"A {wanted} is asked for", f"`@exercise` stands above a {given}; write a {wanted}.")
+    if isinstance(exercise.reference, Kernel) and not interprets():
+        return _check_kernel(exercise, solution)
 
     with fresh_state():
         cases = exercise.cases()
@@ -178,10 +185,29 @@ def check(exercise: Exercise, solution: Any, namespace: dict[str, Any]) -> Outco
     return outcome(status, difference.headline, difference.says, case=shown, **printed)
 
 
+def _check_kernel(exercise: Exercise, solution: Any) -> Outcome:
+    """The check in a process that interprets kernels; without one for a stub, which would only take time."""
+
+    def outcome(status: str, headline: str = "", says: str = "") -> Outcome:
+        return Outcome(exercise=exercise.id, title=exercise.title, status=status, headline=headline, says=says)
+
+    if unwritten := _unwritten(solution):
+        return outcome("not started", says=_your_turn(solution, unwritten))
+    if not has_triton():
+        return outcome("not checked", "There is no Triton here", f"{NO_TRITON} What you wrote was not checked.")
+    try:
+        found = check_apart(exercise.id, solution, exercise.seconds)
+    except KernelError as error:
+        return outcome("failed", "It could not be run", str(error))
+    return Outcome(**found | {"case": Shown(**found["case"]) if found["case"] else None})
+
+
 def attempt(exercise: Exercise, solution: Any, case: Case, namespace: dict[str, Any] | None = None) -> Run:
     """Runs a solution on a copy of a case and keeps what it did."""
     case = copy.deepcopy(case)
     value, raised = None, None
+    if isinstance(solution, Kernel):
+        solution = solution.loaded
     with fresh_state():
         try:
             value = snapshot(exercise.run(solution, case))
@@ -193,11 +219,13 @@ def attempt(exercise: Exercise, solution: Any, case: Case, namespace: dict[str, 
 
 
 def _raised(error: BaseException, namespace: dict[str, Any] | None) -> Raised:
+    while type(error).__name__ == "InterpreterError" and error.__cause__:  # Triton wraps what a kernel raises
+        error = error.__cause__
     line = line_in(namespace, traceback=error.__traceback__) if namespace is not None else ""
     message = "\n".join(str(error).strip().splitlines()[:4])[:400]
     cause: BaseException | None = error
     while cause and not (isinstance(cause, NotImplementedError) and cause.args == (STUB,)):
-        cause = cause.__cause__ or cause.__context__  # Triton wraps what a kernel raises
+        cause = cause.__cause__ or cause.__context__
     return Raised(kind=type(error).__name__, message=message, line=line, is_stub=cause is not None)
 
 
@@ -217,7 +245,9 @@ def _kind(solution: Any) -> str:
         return "class"
     if inspect.isfunction(solution):
         return "function"
-    return "Triton kernel" if hasattr(solution, "fn") else f"value of type {type(solution).__name__}"
+    if isinstance(solution, Kernel) or hasattr(solution, "fn"):
+        return "Triton kernel"
+    return f"value of type {type(solution).__name__}"
 
 
 def _bare(solution: Any) -> Any:

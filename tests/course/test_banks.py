@@ -7,18 +7,21 @@ by exercise id and name of the mistake a list of its two forms, written independ
 import ast
 import dataclasses
 import importlib.util
+import linecache
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from variants import interpreted
 
 from moe_lab.course.bank import Exercise, chapters, load_chapter
 from moe_lab.course.checking import compare
 from moe_lab.course.exercises import Outcome, attempt, check
+from moe_lab.course.kernel_cells import Kernel
 from moe_lab.course.lesson import parse, solved, unsolved
 from moe_lab.paths import lessons_dir
 
@@ -26,11 +29,28 @@ MINIMUM = 4
 """Fewest mistakes of an exercise; a chapter may set its own `MINIMUM`."""
 LESSONS = {int(path.name[:2]): path for path in sorted(lessons_dir().glob("[0-9][0-9]_*.py"))}
 EXERCISES = [exercise for number in chapters() for exercise in load_chapter(number).EXERCISES]
-MISTAKES = [(exercise, mistake.name) for exercise in EXERCISES for mistake in exercise.mistakes]
 
 
-def each_exercise(test: Callable) -> Callable:
-    return pytest.mark.parametrize("exercise", EXERCISES, ids=lambda exercise: exercise.id)(test)
+def where_it_runs(exercise: Exercise) -> tuple:
+    """The mark of an exercise that asks for a Triton kernel: here it is checked in this very process, to be quick."""
+    return (interpreted,) if isinstance(exercise.reference, Kernel) else ()
+
+
+MISTAKES = [
+    pytest.param(exercise, mistake.name, id=f"{exercise.id}-{mistake.name}", marks=where_it_runs(exercise))
+    for exercise in EXERCISES
+    for mistake in exercise.mistakes
+]
+
+
+def each_exercise(test: Callable, exercises: Sequence[Exercise] = EXERCISES) -> Callable:
+    each = [pytest.param(exercise, id=exercise.id, marks=where_it_runs(exercise)) for exercise in exercises]
+    return pytest.mark.parametrize("exercise", each)(test)
+
+
+def each_function(test: Callable) -> Callable:
+    """All but the kernels, whose mishaps `test_kernel_cells.py` looks at."""
+    return each_exercise(test, [exercise for exercise in EXERCISES if not isinstance(exercise.reference, Kernel)])
 
 
 def number(exercise: Exercise) -> int:
@@ -65,9 +85,16 @@ def in_lesson(chapter: int, make: Callable) -> dict[str, tuple[str, dict]]:
                 ids = [d.args[0].value for d in getattr(node, "decorator_list", []) if is_exercise(d)]
                 if ids:
                     node.decorator_list = [d for d in node.decorator_list if not is_exercise(d)]
-                exec(ast.unparse(node), namespace)
+                _define(ast.unparse(node), namespace)
                 found |= {id: (node.name, dict(namespace)) for id in ids}
     return found
+
+
+def _define(source: str, namespace: dict) -> None:
+    """Run a definition, with its source where Triton looks for it."""
+    name = f"<lesson {len(linecache.cache)}>"
+    linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
+    exec(compile(source, name, "exec"), namespace)
 
 
 def is_exercise(decorator: ast.expr) -> bool:
@@ -137,7 +164,7 @@ def test_right_answers_in_three_styles_pass(exercise):
         assert outcome.status == "passed", outcome
 
 
-@pytest.mark.parametrize(("exercise", "name"), MISTAKES, ids=lambda part: getattr(part, "id", part))
+@pytest.mark.parametrize(("exercise", "name"), MISTAKES)
 def test_a_mistake_is_told_by_its_own_name_in_two_forms(exercise, name):
     forms = answers(exercise).WRONG[exercise.id][name]
     assert len(forms) >= 2
@@ -154,7 +181,8 @@ def test_no_answer_belongs_to_a_mistake_that_is_gone(exercise):
 
 def assert_independent(forms: list) -> None:
     """No two share their code, as two calls of one factory or one function under two names would."""
-    codes = [getattr(form, "__code__", form) for form in forms]
+    bare = [getattr(form, "fn", form) for form in forms]
+    codes = [getattr(form, "__code__", form) for form in bare]
     assert len({id(code) for code in codes}) == len(codes), "two of the forms are the same code"
 
 
@@ -242,7 +270,7 @@ GENERIC = {
 
 
 @pytest.mark.parametrize("kind", GENERIC)
-@each_exercise
+@each_function
 def test_a_generic_mistake_is_told_and_quickly(exercise, kind):
     if kind == "changes its input" and not changeable(exercise):
         pytest.skip(f"exercise {exercise.id} has no input that could be changed")
