@@ -134,7 +134,8 @@ class Kernel:
         import triton.language as tl
 
         names = {"__name__": "kernel", "triton": triton, "tl": tl, "torch": torch}
-        names |= {name: tl.constexpr(value) for name, value in self.constants.items()}
+        # the compiler takes no other global values, and the interpreter cannot multiply these
+        names |= self.constants if interprets() else {n: tl.constexpr(value) for n, value in self.constants.items()}
         for name, source in self.sources.items():
             path = folder / f"{name}.py"
             path.write_text(source, encoding="utf-8")
@@ -155,7 +156,9 @@ class Kernel:
             print(f"{NO_TRITON} The same is computed by PyTorch.")
             self.plain(grid, *args, **constants)
             return
-        with _Run("interpret", self, args, constants, {"grid": grid}, interprets=True) as run:
+        with _Run("interpret", self, args, constants, {"grid": grid, "seconds": SECONDS}, interprets=True) as run:
+            if run.answer["said"]:
+                print(run.answer["said"])
             run.bring_back(args)
 
     def compile(self, *args: Any, capability: int = 90, **constants: Any) -> "MachineCode":
@@ -272,8 +275,6 @@ def _run(folder: Path, interprets: bool, seconds: float) -> dict[str, Any]:
         said = done.stderr.decode("utf-8", "replace").strip().splitlines()[-3:]
         raise KernelError("\n".join([f"The process ended with status {done.returncode}.", *said]))
     found = json.loads(answer.read_text(encoding="utf-8"))
-    if found.pop("printed", ""):
-        print(found["printed"])
     if "error" in found:
         raise KernelError(found["error"])
     return found

@@ -18,7 +18,7 @@ import torch
 
 from moe_lab.course.bank import find
 from moe_lab.course.exercises import check
-from moe_lab.course.kernel_cells import SECONDS, Kernel
+from moe_lab.course.kernel_cells import Kernel
 from moe_lab.course.sandbox import Sandbox, line_in
 
 
@@ -43,14 +43,14 @@ def _check(folder: Path, request: dict, function: Any, names: dict) -> dict:
 
 
 def _interpret(folder: Path, request: dict, function: Any, names: dict) -> dict:
-    args = _args(folder, request)
-    with Sandbox(SECONDS, names) as box:
+    args, seconds = _args(folder, request), request["seconds"]
+    with Sandbox(seconds, names) as box:
         function[tuple(request["grid"])](*args, **_constants(request))
     if box.stopped:
-        why = "It prints too much" if box.stopped == "output" else f"It was stopped after {SECONDS:g} seconds"
-        return {"error": f"{why}, at {box.line}." if box.line else f"{why}.", "printed": box.printed}
+        why = "It prints too much" if box.stopped == "output" else f"It was stopped after {seconds:g} seconds"
+        return {"error": f"{why}, at {box.line}." if box.line else f"{why}."}
     torch.save({str(i): arg for i, arg in enumerate(args) if isinstance(arg, torch.Tensor)}, folder / "results.pt")
-    return {"printed": box.printed}
+    return {"said": box.printed}
 
 
 def _compile(folder: Path, request: dict, function: Any, names: dict) -> dict:
