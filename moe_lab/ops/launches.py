@@ -4,6 +4,8 @@ On the meta device nothing is computed: kernels are compiled for the GPU that `m
 is read there is what a launch would run.
 """
 
+from dataclasses import replace
+
 import torch
 import triton
 from torch import Tensor
@@ -56,8 +58,12 @@ def _launch(kernel, grid: tuple[int, ...], *args, tile: Tile | None = None, **co
         return
     if tile is not None:
         constants |= {"num_warps": tile.warps, "num_stages": tile.stages}
-    if any(getattr(arg, "is_meta", False) for arg in args):
+    tensor = next(arg for arg in args if isinstance(arg, Tensor))
+    if tensor.is_meta:
         kernel.warmup(*args, grid=grid, **constants)
+    elif tensor.is_cuda:
+        with torch.cuda.device(tensor.device):  # Triton launches on the current one
+            kernel[grid](*args, **constants)
     else:
         kernel[grid](*args, **constants)
 
@@ -154,6 +160,8 @@ def weight_gradient(
     """The gradient of `like` (E, M, N): of every group `left.T @ right`; `gather` says which of them holds tokens."""
     n_groups, m, n = like.shape
     dw = torch.empty_like(like, memory_format=torch.contiguous_format)
+    if gather:  # a row can be fetched when its token is known: one more on the way
+        tile = replace(tile, stages=tile.stages + 1)
     _launch(
         kernels.weight_gradient, (n_groups * triton.cdiv(m, tile.rows) * triton.cdiv(n, tile.columns),),
         left, right, dw, tiles.offsets, tiles.by_size, None if plan is None else plan.row_choices,
