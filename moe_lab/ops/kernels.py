@@ -194,6 +194,24 @@ def gate_up(
 
 
 @triton.jit
+def swiglu_backward(back, inner, d_inner, weighted, weight, place, n, count, F):
+    """Of some columns; returns their part of the gradient of the router's weights, (rows,)."""
+    stored = (place < count)[:, None] & (n < F)[None, :]
+    at = place[:, None] * 2 * F + n[None, :]
+    gate = tl.load(inner + at, mask=stored, other=0.0).to(tl.float32)
+    up = tl.load(inner + F + at, mask=stored, other=0.0).to(tl.float32)
+    slope = tl.sigmoid(gate)
+    active = gate * slope
+    hidden = active * up
+    dtype = d_inner.dtype.element_ty
+    tl.store(weighted + place[:, None] * F + n[None, :], (hidden * weight[:, None]).to(dtype), mask=stored)
+    d_hidden = back * weight[:, None]
+    tl.store(d_inner + at, (d_hidden * up * (slope + active * (1 - slope))).to(dtype), mask=stored)
+    tl.store(d_inner + F + at, (d_hidden * active).to(dtype), mask=stored)
+    return tl.sum(tl.where(stored, back * hidden, 0.0), axis=1)
+
+
+@triton.jit
 def down_backward(
     dy, w, inner, weights, d_inner, weighted, d_weights, tiles, row_choices,
     n_tiles, n_groups, n_choices, F, D, stride_dy, stride_we, stride_wk,
@@ -231,26 +249,16 @@ def down_backward(
         dy_at += BLOCK_K
         w_at += BLOCK_K * stride_wk
 
-    stored = (place < count)[:, None] & in_n
-    inner_at = place[:, None] * 2 * F + n[None, :]
     inner += first.to(tl.int64) * 2 * F
     d_inner += first.to(tl.int64) * 2 * F
-    gate = tl.load(inner + inner_at, mask=stored, other=0.0).to(tl.float32)
-    up = tl.load(inner + F + inner_at, mask=stored, other=0.0).to(tl.float32)
-    slope = tl.sigmoid(gate)
-    active = gate * slope
-    hidden = active * up
-
-    part = tl.sum(tl.where(stored, back * hidden, 0.0), axis=1)
+    weighted += first.to(tl.int64) * F
+    weight = tl.load(weights + choice)
+    # half the columns at a time: all that SwiGLU's gradient needs at once does not fit into registers
+    left, right = back.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
+    n = column * BLOCK_N + tl.arange(0, BLOCK_N // 2)
+    part = swiglu_backward(left, inner, d_inner, weighted, weight, place, n, count, F)
+    part += swiglu_backward(right, inner, d_inner, weighted, weight, place, n + BLOCK_N // 2, count, F)
     tl.store(d_weights + column.to(tl.int64) * n_choices + choice, part, mask=place < count)
-    weight = tl.load(weights + choice)[:, None]
-    dtype = d_inner.dtype.element_ty
-    d_hidden = back * weight
-    d_gate = d_hidden * up * (slope + active * (1 - slope))
-    tl.store(d_inner + inner_at, d_gate.to(dtype), mask=stored)
-    tl.store(d_inner + F + inner_at, (d_hidden * active).to(dtype), mask=stored)
-    hidden_at = first.to(tl.int64) * F + (place[:, None] * F + n[None, :])
-    tl.store(weighted + hidden_at, (hidden * weight).to(dtype), mask=stored)
 
 
 @triton.jit
