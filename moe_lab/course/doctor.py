@@ -18,6 +18,7 @@ from typing import Literal
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from moe_lab.machine import interpreter_problem
 from moe_lab.paths import CourseError, course_root
 
 INSTALL_AGAIN = (
@@ -116,6 +117,8 @@ def _triton() -> Found:
         version = metadata.version("triton")
     except metadata.PackageNotFoundError:
         return "problem", "not installed", INSTALL_AGAIN
+    if problem := interpreter_problem():
+        return "note", problem, "Notebook 08 alone needs it; do as it says, or go on without."
     if _has_cuda():
         return "ok", f"{version}, compiles for the GPU"
     return "ok", f"{version}; without a GPU its interpreter runs the kernels, slower with the same results"

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from moe_lab.machine import interpreter_problem
 from moe_lab.paths import CourseError
 
 if TYPE_CHECKING:
@@ -264,6 +265,8 @@ def _run(folder: Path, interprets: bool, seconds: float) -> dict[str, Any]:
     environment |= {"TRITON_CACHE_DIR": str(folder / "cache"), "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
     if interprets:
         environment["TRITON_INTERPRET"] = "1"
+        if problem := interpreter_problem():
+            raise KernelError(f"It cannot be run: {problem}.")
     command = [sys.executable, "-m", "moe_lab.course.kernel_process", str(folder)]
     options = {"stdin": subprocess.DEVNULL, "capture_output": True, "env": environment, "start_new_session": True}
     try:

@@ -53,6 +53,8 @@ def _require_fit(rows: Tensor, weights: Tensor, offsets: Tensor) -> None:
             f"rows of shape {tuple(rows.shape)} and weights of shape {tuple(weights.shape)}: expected (R, I) and "
             "(E, O, I), with the same I."
         )
+    if rows.device != weights.device:
+        raise ValueError(f"rows are on {rows.device}, weights on {weights.device}: move one of them with .to(...).")
     if rows.dtype != weights.dtype:
         raise ValueError(f"rows are {rows.dtype} and weights {weights.dtype}: convert one of them with .to(...).")
     require_offsets(offsets, len(weights), rows)

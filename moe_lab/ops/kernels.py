@@ -110,16 +110,16 @@ def grouped_product(
 def grouped_product_tma(
     x_rows, w_blocks, y, tiles, n_tiles, n_groups, N, K, stride_y,
     PRECISION: tl.constexpr, TRANSPOSED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BAND: tl.constexpr, PROGRAMS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BAND: tl.constexpr,
 ):  # fmt: skip
     """The same product for Hopper and later: descriptors, so that the copy engine (TMA) fetches tiles, and a grid that
-    stays: each of PROGRAMS programs takes every PROGRAMS-th tile.
+    stays: as many programs as there are processors, each of which takes tile after tile.
 
     A tile of rows may reach into the next group; what is computed of those is not stored. TRANSPOSED says that the
     weights lie as (E, K, N).
     """
     n_columns = tl.cdiv(N, BLOCK_N)
-    for program in range(tl.program_id(0), n_tiles * n_columns, PROGRAMS):
+    for program in range(tl.program_id(0), n_tiles * n_columns, tl.num_programs(0)):
         tile, column = tile_order(program, n_tiles, n_columns, BAND)
         group = tl.load(tiles + tile)
         first, count = tl.load(tiles + n_tiles + tile), tl.load(tiles + 2 * n_tiles + tile)

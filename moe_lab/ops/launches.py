@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from moe_lab.machine import interpreter_problem
 from moe_lab.ops import kernels
 from moe_lab.ops.tiles import Tile, Tiles, choose_tiles, most_tiles
 from moe_lab.records import DispatchPlan
@@ -30,6 +31,16 @@ def require_kernels(x: Tensor) -> None:
         raise ValueError(f"impl='triton' takes fp32, bf16 and fp16, and these are {x.dtype}: use impl='auto'.")
     if is_interpreted() and x.dtype == torch.bfloat16:
         raise ValueError("impl='triton' in Triton's interpreter: bf16 comes out wrong there. Use fp32 or fp16.")
+    if is_interpreted() and (problem := interpreter_problem()):
+        raise ValueError(f"impl='triton' cannot be interpreted: {problem}.")
+    if x.is_meta and not is_interpreted():
+        try:
+            _capability(x)
+        except RuntimeError:  # no GPU, and so no driver
+            message = (
+                "impl='triton' on the meta device: kernels are compiled inside `machine_code.compile_for(...)` only."
+            )
+            raise ValueError(message) from None
     if x.is_cuda or x.is_meta or (is_interpreted() and x.device.type == "cpu"):
         return
     raise ValueError(
@@ -49,7 +60,8 @@ def _tiles_for(x: Tensor, n_rows: int, n_groups: int) -> Tiles:
 
 def _precision(x: Tensor) -> str:
     """How fp32 is multiplied: exactly, unless torch is told that TF32 will do (`set_float32_matmul_precision`)."""
-    return "ieee" if x.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest" else "tf32"
+    asked_for = torch.backends.cuda.matmul.fp32_precision
+    return "tf32" if x.dtype == torch.float32 and asked_for == "tf32" else "ieee"
 
 
 def _launch(kernel, grid: tuple[int, ...], *args, tile: Tile | None = None, **constants) -> None:
@@ -79,13 +91,13 @@ class RowTiles:
     """The plan of the tiles of rows, made on the device (`moe_lab.ops.tiles.plan_tiles`), and the groups by size."""
 
     def __init__(self, offsets: Tensor, n_rows: int, block: int) -> None:
-        self.offsets, self.n_rows, self.n_groups, self.block = offsets, n_rows, len(offsets), block
+        self.offsets, self.n_rows, self.n_groups = offsets.contiguous(), n_rows, len(offsets)
         self.n_tiles = most_tiles(n_rows, self.n_groups + 1, block)
         self.table = offsets.new_empty(3, self.n_tiles)
         self.by_size = torch.empty_like(offsets)
         _launch(
             kernels.plan_tiles, (self.n_groups + 1,),
-            offsets, self.table, self.by_size, self.n_groups, n_rows, self.n_tiles,
+            self.offsets, self.table, self.by_size, self.n_groups, n_rows, self.n_tiles,
             BLOCK=block, GROUPS=triton.next_power_of_2(self.n_groups + 1),
         )  # fmt: skip
 
@@ -121,13 +133,15 @@ def product(
 
 
 def _can_describe(x: Tensor, w: Tensor) -> bool:
-    """Whether the copy engine takes both: rows and matrices that begin at multiples of 16 bytes."""
-    straight = w if w.stride(2) == 1 else w.mT
-    aligned = all(
-        t.numel() > 0 and t.data_ptr() % 16 == 0 and all(s * t.element_size() % 16 == 0 for s in t.stride()[:-1])
-        for t in (x, straight)
+    """Whether the copy engine takes both: rows that begin at multiples of 16 bytes, and do not overlap."""
+    return all(
+        t.numel() > 0
+        and t.data_ptr() % 16 == 0
+        and t.stride(-1) == 1
+        and t.stride(-2) >= t.shape[-1]
+        and all(stride > 0 and stride * t.element_size() % 16 == 0 for stride in t.stride()[:-1])
+        for t in (x, w if w.stride(2) == 1 else w.mT)
     )
-    return aligned and straight.stride(2) == 1
 
 
 def _product_tma(x: Tensor, w: Tensor, y: Tensor, tiles: RowTiles, tile: Tile, precision: str) -> None:
@@ -140,7 +154,7 @@ def _product_tma(x: Tensor, w: Tensor, y: Tensor, tiles: RowTiles, tile: Tile, p
     _launch(
         kernels.grouped_product_tma, (programs,),
         x_rows, w_blocks, y, tiles.table, tiles.n_tiles, tiles.n_groups, n, k, y.stride(0),
-        TRANSPOSED=transposed, PRECISION=precision, BAND=BAND, PROGRAMS=programs, tile=tile, **_blocks(tile),
+        TRANSPOSED=transposed, PRECISION=precision, BAND=BAND, tile=tile, **_blocks(tile),
     )  # fmt: skip
 
 
@@ -221,21 +235,25 @@ class _GroupedProduct(torch.autograd.Function):
 def mlp(x: Tensor, w_in: Tensor, w_down: Tensor, plan: DispatchPlan, weights: Tensor) -> Tensor:
     """The variant "triton" of `moe_lab.ops.moe_mlp`."""
     require_kernels(x)
-    return _MLP.apply(_rows_side_by_side(x), w_in.contiguous(), w_down.contiguous(), weights.contiguous(), plan)
+    tensors = (_rows_side_by_side(x), w_in.contiguous(), w_down.contiguous(), weights.contiguous())
+    keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return _MLP.apply(*tensors, replace(plan, row_choices=plan.row_choices.contiguous()), keep)
 
 
 class _MLP(torch.autograd.Function):
     """Four launches there: plan, gate_up, product, sum. Kept are x and `inner`, what SwiGLU was given."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, w_in: Tensor, w_down: Tensor, weights: Tensor, plan: DispatchPlan) -> Tensor:
+    def forward(
+        ctx, x: Tensor, w_in: Tensor, w_down: Tensor, weights: Tensor, plan: DispatchPlan, keep: bool
+    ) -> Tensor:
         n_experts, _, width = w_down.shape
         n_rows, top_k = plan.n_rows, weights.shape[1]
         sizes = _tiles_for(x, n_rows, n_experts)
         tiles = RowTiles(plan.offsets, n_rows, sizes.rows)
         tile = sizes.gate_up
         hidden = x.new_empty(n_rows, width)
-        inner = x.new_empty(n_rows, 2 * width) if any(ctx.needs_input_grad) else None
+        inner = x.new_empty(n_rows, 2 * width) if keep else None
         _launch(
             kernels.gate_up, (tiles.n_tiles * triton.cdiv(width, tile.columns),),
             x, w_in, inner, hidden, tiles.table, plan.row_choices,
@@ -252,7 +270,7 @@ class _MLP(torch.autograd.Function):
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, w_in, w_down, weights, inner = ctx.saved_tensors
         plan, tiles, sizes = ctx.plan, ctx.tiles, ctx.sizes
-        needs_x, needs_in, needs_down, needs_weights, _ = ctx.needs_input_grad
+        needs_x, needs_in, needs_down, needs_weights, *_ = ctx.needs_input_grad
         dy = _rows_side_by_side(dy)
         n_choices, top_k, width = plan.n_rows, weights.shape[1], w_down.shape[2]
         tile = sizes.down_backward
@@ -275,4 +293,4 @@ class _MLP(torch.autograd.Function):
             d_down = weight_gradient(dy, weighted, w_down, tiles, sizes.weight_gradient, plan, gather="left")
         if needs_weights:
             d_weights = parts.sum(0).view_as(weights).to(weights.dtype)
-        return dx, d_in, d_down, d_weights, None
+        return dx, d_in, d_down, d_weights, None, None

@@ -107,6 +107,10 @@ class _StandIn(DriverBase):
     def get_current_stream(self, device: object) -> int:
         return 0
 
+    @property
+    def launcher_cls(self) -> None:
+        raise RuntimeError("Nothing can be launched inside `compile_for`: give the kernels tensors on the meta device.")
+
     def map_python_to_cpp_type(self, ty: str) -> str:
         raise NotImplementedError
 

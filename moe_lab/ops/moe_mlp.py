@@ -45,6 +45,9 @@ def _require_fit(x: Tensor, w_in: Tensor, w_down: Tensor, plan: DispatchPlan, we
     if plan.capacity is not None:
         raise ValueError(f"the plan has a capacity of {plan.capacity}: expected none, so that every choice has a row.")
     n_experts, d_model, width = w_down.shape if w_down.ndim == 3 else (0, 0, 0)
+    n_choices = plan.choice_rows.numel()
+    if plan.row_choices.shape != (n_choices,):
+        raise ValueError(f"the plan has {plan.n_rows} rows for {n_choices} choices: expected one for each.")
     given = [tuple(t.shape) for t in (x, w_in, w_down, weights)]
     expected = [(weights.shape[0], d_model), (n_experts, 2 * width, d_model), (n_experts, d_model, width)]
     if given[:3] != expected or given[3] != tuple(plan.choice_rows.shape):
@@ -58,6 +61,10 @@ def _require_fit(x: Tensor, w_in: Tensor, w_down: Tensor, plan: DispatchPlan, we
     if not x.dtype == w_in.dtype == w_down.dtype:
         raise ValueError(f"x is {x.dtype}, w_in {w_in.dtype}, w_down {w_down.dtype}: convert them to one dtype.")
     require_offsets(plan.offsets, n_experts, plan.row_choices)
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if n_choices and int(plan.offsets[-1]) < n_choices:
+        raise ValueError(f"the plan's last rows end at {int(plan.offsets[-1])}: expected at its {n_choices} choices.")
 
 
 def reference(x: Tensor, w_in: Tensor, w_down: Tensor, plan: DispatchPlan, weights: Tensor) -> Tensor:

@@ -101,7 +101,7 @@ _TILES = {
     "hopper few": Tiles(
         product=Tile(64, 256, 64, warps=4, stages=4),
         gate_up=Tile(64, 128, 64, warps=4, stages=4),
-        down_backward=Tile(64, 128, 64, warps=4, stages=4),
+        down_backward=Tile(64, 128, 64, warps=8, stages=4),
         weight_gradient=Tile(128, 128, 64, warps=8, stages=4),
         tma=True,
     ),
