@@ -74,7 +74,7 @@ def reference(x: Tensor, w_in: Tensor, w_down: Tensor, plan: DispatchPlan, weigh
     rows = product(F.silu(gate) * up, w_down, plan.offsets)  # (R, D)
     rows = rows * weights.flatten()[plan.row_choices, None].to(rows.dtype)
     of_choices = torch.zeros_like(rows).index_copy(0, plan.row_choices, rows)  # (T·K, D)
-    return of_choices.view(*weights.shape, -1).sum(1)
+    return of_choices.view(*weights.shape, x.shape[1]).sum(1)
 
 
 def triton_kernels(x: Tensor, w_in: Tensor, w_down: Tensor, plan: DispatchPlan, weights: Tensor) -> Tensor:
