@@ -54,8 +54,9 @@ def _capability(x: Tensor) -> int:
     return 0 if is_interpreted() else triton.runtime.driver.active.get_current_target().arch
 
 
-def _tiles_for(x: Tensor, n_rows: int, n_groups: int) -> Tiles:
-    return choose_tiles(_capability(x), x.element_size(), n_rows, n_groups)
+def _tiles_for(x: Tensor, w: Tensor, n_rows: int) -> Tiles:
+    is_even = all(size % 16 == 0 for size in w.shape[1:])
+    return choose_tiles(_capability(x), x.element_size(), n_rows, len(w), is_even)
 
 
 def _precision(x: Tensor) -> str:
@@ -213,7 +214,7 @@ def _rows_side_by_side(x: Tensor) -> Tensor:
 class _GroupedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
-        ctx.sizes = sizes = _tiles_for(rows, len(rows), len(weights))
+        ctx.sizes = sizes = _tiles_for(rows, weights, len(rows))
         ctx.tiles = tiles = RowTiles(offsets, len(rows), sizes.rows)
         ctx.save_for_backward(rows, weights)
         return product(rows, weights, tiles, sizes.product, tma=sizes.tma)
@@ -249,7 +250,7 @@ class _MLP(torch.autograd.Function):
     ) -> Tensor:
         n_experts, _, width = w_down.shape
         n_rows, top_k = plan.n_rows, weights.shape[1]
-        sizes = _tiles_for(x, n_rows, n_experts)
+        sizes = _tiles_for(x, w_down, n_rows)
         tiles = RowTiles(plan.offsets, n_rows, sizes.rows)
         tile = sizes.gate_up
         hidden = x.new_empty(n_rows, width)

@@ -112,16 +112,26 @@ _TILES = {
         weight_gradient=Tile(128, 256, 64, warps=8, stages=4),
         tma=True,
     ),
-    "fp32": Tiles(*4 * [Tile(64, 64, 32, warps=4, stages=3)]),
+    "small": Tiles(
+        product=Tile(64, 64, 32, warps=4, stages=3),
+        gate_up=Tile(64, 64, 32, warps=4, stages=3),
+        down_backward=Tile(64, 64, 32, warps=8, stages=3),
+        weight_gradient=Tile(64, 64, 32, warps=4, stages=3),
+    ),
     "interpreter": Tiles(*4 * [Tile(16, 16, 16, warps=1, stages=1)]),  # so small that a test's tensors have several
 }
 
 
-def choose_tiles(capability: int, element_size: int, n_rows: int, n_groups: int) -> Tiles:
-    """The tiles for a GPU (90 is compute capability 9.0; 0 the interpreter) and a class of shapes: a pure function."""
+def choose_tiles(capability: int, element_size: int, n_rows: int, n_groups: int, is_even: bool = True) -> Tiles:
+    """The tiles for a GPU (90 is compute capability 9.0; 0 the interpreter) and a class of shapes: a pure function.
+
+    Args:
+        is_even: whether the lengths of all rows are multiples of 16. Otherwise every element has an address and a mask
+            of its own, and large tiles do not fit into registers.
+    """
     if capability == 0:
         return _TILES["interpreter"]
-    if element_size == 4:
-        return _TILES["fp32"]
+    if element_size == 4 or not is_even:
+        return _TILES["small"]
     machine = "hopper" if capability >= 90 and capability < 120 else "ampere"
     return _TILES[f"{machine} {'few' if n_rows <= 64 * n_groups else 'many'}"]
