@@ -15,6 +15,7 @@ COMMANDS = {
     "test": ("moe_lab.course.suite", "run lint, the unit tests and every notebook"),
     "train": ("moe_lab.runs", "train a language model in a run folder of its own"),
     "bench": ("moe_lab.bench", "measure the dispatch variants side by side"),
+    "gpu": ("moe_lab.gpu", "test and measure the kernels on this machine's graphics card"),
     "build": ("moe_lab.course.builder", "make notebooks/ and solutions/ from lessons/"),
 }
 

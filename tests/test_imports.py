@@ -16,7 +16,7 @@ ORDER = [
     *("experts", "moe", "attention", "data", "lm", "balance", "train", "checkpoints", "hugging_face", "experiments"),
     "parallel",
 ]
-ON_TOP = ("viz", "bench", "runs", "course", "cli", "__main__")
+ON_TOP = ("viz", "bench", "gpu", "runs", "course", "cli", "__main__")
 
 
 def imported_modules(path: Path) -> set[str]:

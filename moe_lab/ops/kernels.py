@@ -108,8 +108,8 @@ def grouped_product(
 
 @triton.jit
 def grouped_product_tma(
-    x_rows, w_blocks, y, tiles, n_tiles, n_groups, N, K, stride_y,
-    PRECISION: tl.constexpr, TRANSPOSED: tl.constexpr,
+    x_rows, w_blocks, y, tiles, row_choices, weights, n_tiles, n_groups, N, K, stride_y,
+    SCATTER: tl.constexpr, PRECISION: tl.constexpr, TRANSPOSED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BAND: tl.constexpr,
 ):  # fmt: skip
     """The same product for Hopper and later: descriptors, so that the copy engine (TMA) fetches tiles, and a grid that
@@ -134,7 +134,12 @@ def grouped_product_tma(
             total = tl.dot(a, b, total, input_precision=PRECISION)
         place = tl.arange(0, BLOCK_M)
         n = column * BLOCK_N + tl.arange(0, BLOCK_N)
-        y_at = y + (first + place).to(tl.int64)[:, None] * stride_y + n[None, :]
+        target = (first + place).to(tl.int64)
+        if SCATTER:
+            target = tl.load(row_choices + target, mask=place < count, other=0)
+        if weights is not None:
+            total *= tl.load(weights + target, mask=place < count, other=0.0)[:, None]
+        y_at = y + target[:, None] * stride_y + n[None, :]
         tl.store(y_at, total.to(y.dtype.element_ty), mask=(place < count)[:, None] & (n < N)[None, :])
 
 
@@ -208,7 +213,7 @@ def swiglu_backward(back, inner, d_inner, weighted, weight, place, n, count, F):
     d_hidden = back * weight[:, None]
     tl.store(d_inner + at, (d_hidden * up * (slope + active * (1 - slope))).to(dtype), mask=stored)
     tl.store(d_inner + F + at, (d_hidden * active).to(dtype), mask=stored)
-    return tl.sum(tl.where(stored, back * hidden, 0.0), axis=1)
+    return tl.sum(back * hidden, axis=1)
 
 
 @triton.jit

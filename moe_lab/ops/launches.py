@@ -120,12 +120,13 @@ def product(
     _, n, k = w.shape
     y = x.new_empty(tiles.n_rows, n)
     precision = _precision(x)
-    if tma and plan is None and _can_describe(x, w):
-        _product_tma(x, w, y, tiles, tile, precision)
+    row_choices = None if plan is None else plan.row_choices
+    if tma and not gather and _can_describe(x, w):
+        _product_tma(x, w, y, tiles, tile, precision, row_choices, weights)
         return y
     _launch(
         kernels.grouped_product, (tiles.n_tiles * triton.cdiv(n, tile.columns),),
-        x, w, y, tiles.table, None if plan is None else plan.row_choices, weights,
+        x, w, y, tiles.table, row_choices, weights,
         tiles.n_tiles, tiles.n_groups, n, k, x.stride(0), *w.stride(), y.stride(0),
         TOP_K=1 if plan is None else plan.choice_rows.shape[1], GATHER=gather, SCATTER=plan is not None,
         PRECISION=precision, BAND=BAND, EVEN_K=k % tile.depth == 0, tile=tile, **_blocks(tile),
@@ -145,7 +146,16 @@ def _can_describe(x: Tensor, w: Tensor) -> bool:
     )
 
 
-def _product_tma(x: Tensor, w: Tensor, y: Tensor, tiles: RowTiles, tile: Tile, precision: str) -> None:
+def _product_tma(
+    x: Tensor,
+    w: Tensor,
+    y: Tensor,
+    tiles: RowTiles,
+    tile: Tile,
+    precision: str,
+    row_choices: Tensor | None,
+    weights: Tensor | None,
+) -> None:
     transposed = w.stride(2) != 1
     matrix = [tile.depth, tile.columns] if transposed else [tile.columns, tile.depth]
     w_blocks = TensorDescriptor.from_tensor(w.mT if transposed else w, [1, *matrix])
@@ -154,8 +164,9 @@ def _product_tma(x: Tensor, w: Tensor, y: Tensor, tiles: RowTiles, tile: Tile, p
     programs = min(_n_processors(x), tiles.n_tiles * triton.cdiv(n, tile.columns))
     _launch(
         kernels.grouped_product_tma, (programs,),
-        x_rows, w_blocks, y, tiles.table, tiles.n_tiles, tiles.n_groups, n, k, y.stride(0),
-        TRANSPOSED=transposed, PRECISION=precision, BAND=BAND, tile=tile, **_blocks(tile),
+        x_rows, w_blocks, y, tiles.table, row_choices, weights, tiles.n_tiles, tiles.n_groups, n, k, y.stride(0),
+        SCATTER=row_choices is not None, TRANSPOSED=transposed, PRECISION=precision, BAND=BAND,
+        tile=tile, **_blocks(tile),
     )  # fmt: skip
 
 
@@ -175,8 +186,8 @@ def weight_gradient(
     """The gradient of `like` (E, M, N): of every group `left.T @ right`; `gather` says which of them holds tokens."""
     n_groups, m, n = like.shape
     dw = torch.empty_like(like, memory_format=torch.contiguous_format)
-    if gather:  # a row can be fetched when its token is known: one more on the way
-        tile = replace(tile, stages=tile.stages + 1)
+    if gather:  # tokens are fetched before the rows: with three stages more as many rows are on their way
+        tile = replace(tile, stages=tile.stages + 3)
     _launch(
         kernels.weight_gradient, (n_groups * triton.cdiv(m, tile.rows) * triton.cdiv(n, tile.columns),),
         left, right, dw, tiles.offsets, tiles.by_size, None if plan is None else plan.row_choices,
@@ -264,7 +275,9 @@ class _MLP(torch.autograd.Function):
         )  # fmt: skip
         ctx.plan, ctx.tiles, ctx.sizes = plan, tiles, sizes
         ctx.save_for_backward(x, w_in, w_down, weights, inner)
-        return sum_of_choices(product(hidden, w_down, tiles, sizes.product, plan, weights=weights), top_k)
+        return sum_of_choices(
+            product(hidden, w_down, tiles, sizes.product, plan, weights=weights, tma=sizes.tma), top_k
+        )
 
     @staticmethod
     @once_differentiable
@@ -287,7 +300,7 @@ class _MLP(torch.autograd.Function):
         )  # fmt: skip
         dx = d_in = d_down = d_weights = None
         if needs_x:
-            dx = sum_of_choices(product(d_inner, w_in.mT, tiles, sizes.product, plan), top_k)
+            dx = sum_of_choices(product(d_inner, w_in.mT, tiles, sizes.product, plan, tma=sizes.tma), top_k)
         if needs_in:
             d_in = weight_gradient(d_inner, x, w_in, tiles, sizes.weight_gradient, plan, gather="right")
         if needs_down:

@@ -112,12 +112,7 @@ _TILES = {
         weight_gradient=Tile(128, 256, 64, warps=8, stages=4),
         tma=True,
     ),
-    "small": Tiles(
-        product=Tile(64, 64, 32, warps=4, stages=3),
-        gate_up=Tile(64, 64, 32, warps=4, stages=3),
-        down_backward=Tile(64, 64, 32, warps=8, stages=3),
-        weight_gradient=Tile(64, 64, 32, warps=4, stages=3),
-    ),
+    "small": Tiles(*4 * [Tile(64, 64, 32, warps=8, stages=3)]),
     "interpreter": Tiles(*4 * [Tile(16, 16, 16, warps=1, stages=1)]),  # so small that a test's tensors have several
 }
 

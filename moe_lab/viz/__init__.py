@@ -6,6 +6,17 @@ from moe_lab.viz.charts import bars, heatmap, letters, lines, stacked
 from moe_lab.viz.diagrams import draw_block, draw_dense_to_moe, draw_ffns, draw_map
 from moe_lab.viz.dispatching import draw_dispatch, draw_layouts, draw_sort, growth
 from moe_lab.viz.experiments import CureExplorer, bands, curve_band, draw_load
+from moe_lab.viz.kernels import (
+    draw_fusion,
+    draw_memory,
+    draw_padding,
+    draw_roofline,
+    draw_stages,
+    draw_throughput,
+    draw_tile_order,
+    draw_tiles,
+    show_machine_code,
+)
 from moe_lab.viz.picture import Picture
 from moe_lab.viz.placing import draw_rank_loads, draw_traffic
 from moe_lab.viz.ranks import draw_collectives, draw_exchange, draw_regroup, draw_timeline
@@ -37,12 +48,16 @@ __all__ = [
     "draw_dispatch",
     "draw_exchange",
     "draw_ffns",
+    "draw_fusion",
     "draw_groups",
     "draw_layouts",
     "draw_load",
     "draw_map",
+    "draw_memory",
+    "draw_padding",
     "draw_rank_loads",
     "draw_regroup",
+    "draw_roofline",
     "draw_router",
     "draw_routing",
     "draw_savings",
@@ -50,7 +65,11 @@ __all__ = [
     "draw_shared_path",
     "draw_shares",
     "draw_sort",
+    "draw_stages",
     "draw_text",
+    "draw_throughput",
+    "draw_tile_order",
+    "draw_tiles",
     "draw_timeline",
     "draw_token",
     "draw_traffic",
@@ -61,6 +80,7 @@ __all__ = [
     "heatmaps",
     "letters",
     "lines",
+    "show_machine_code",
     "stacked",
     "sweep",
     "violation_band",
