@@ -174,7 +174,7 @@ viz.draw_map(NOTEBOOKS)
 # | [05 load balancing](05_load_balancing.ipynb) | why does routing collapse, and what does each cure cost? | 04 |
 # | [06 shared experts](06_shared_experts.ipynb) | why cut experts finer, and keep some always on? | 05 |
 # | [07 expert parallelism](07_expert_parallelism.ipynb) | what travels when experts live on different ranks? | 04 |
-# | 08 Triton grouped GEMM | how does a GPU run ragged matrix products at full speed? | 04 |
+# | [08 Triton grouped GEMM](08_triton_grouped_gemm.ipynb) | how does a GPU run ragged matrix products at full speed? | 04 |
 # | 09 the arithmetic of MoE | which popular claims about MoE are true? | 03 |
 # | 10 training | what does it win at scale, and what do experts learn? | 06 |
 # | 11 serving | what do memory, bandwidth and batch size do to an MoE? | 09 |

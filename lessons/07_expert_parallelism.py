@@ -938,4 +938,4 @@ cluster.stop()
 show_progress("07")
 
 # %% [markdown]
-# **Next:** 08, how a GPU runs the experts' ragged products at full speed.
+# **Next:** [08](08_triton_grouped_gemm.ipynb), how a GPU runs the experts' ragged products at full speed.

@@ -126,8 +126,8 @@ class Kernel:
     @cached_property
     def loaded(self) -> Any:
         """The kernel itself, for this process to run; needs Triton."""
-        folder = tempfile.mkdtemp(prefix="moe-lab-kernel-")
-        return self.load(Path(folder))[0]
+        self.__dict__["_folder"] = folder = tempfile.TemporaryDirectory(prefix="moe-lab-kernel-")  # as long as it lives
+        return self.load(Path(folder.name))[0]
 
     def load(self, folder: Path) -> tuple[Any, dict[str, Any]]:
         """The kernel, and the names that its code finds; its source is kept in the folder, where Triton reads it."""
@@ -239,9 +239,11 @@ class _Run:
             raise
 
     def bring_back(self, args: Sequence[Any]) -> None:
-        """Copy what the kernel stored into the caller's tensors."""
+        """Copy what the kernel stored into the caller's tensors; what it only read autograd may still need as it is."""
         for name, tensor in torch.load(self.path / "results.pt", weights_only=True).items():
-            args[int(name)].detach().copy_(tensor)
+            given = args[int(name)].detach()
+            if not torch.equal(given.cpu(), tensor):
+                given.copy_(tensor)
 
     def __enter__(self) -> "_Run":
         return self

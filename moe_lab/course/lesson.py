@@ -20,6 +20,7 @@ STUB = 'raise NotImplementedError("your turn")'
 
 # What a lesson's header has to say, under `moe_lab:`.
 HEADER = {"title": str, "minutes": int, "seconds": int, "hardware": str}
+OPTIONAL = {"needs": str}
 # Kept from a cell's metadata; jupytext adds others that only describe the text file.
 CELL_METADATA = ("tags", "slideshow")
 
@@ -53,7 +54,8 @@ class Cell:
 class Lesson:
     """A lesson as written, before it is split into its two notebooks.
 
-    `minutes` is a learner's time; `seconds` is the time badge: wall seconds from top to bottom on two cores.
+    `minutes` is a learner's time; `seconds` is the time badge: wall seconds from top to bottom on two cores. `needs`
+    names a package that is not on every system: without it the notebook runs, and says other things.
     """
 
     path: Path
@@ -62,6 +64,7 @@ class Lesson:
     seconds: int
     hardware: str
     cells: tuple[Cell, ...]
+    needs: str = ""
 
     @property
     def name(self) -> str:
@@ -115,16 +118,17 @@ def _header(path: Path, metadata: NotebookNode) -> dict:
     header = metadata.get("moe_lab") or beside.get("moe_lab") or {}
     if not isinstance(header, dict):
         raise LessonError(f"{path.name}: under moe_lab its header must give {', '.join(HEADER)}, it gives {header!r}.")
-    for field, kind in HEADER.items():
+    for field, kind in (HEADER | {field: OPTIONAL[field] for field in OPTIONAL if field in header}).items():
         if type(header.get(field)) is not kind:
             found = repr(header[field]) if field in header else "nothing"
             raise LessonError(
                 f"{path.name}: its header must give moe_lab.{field} ({kind.__name__}), it gives {found}; "
                 "the header is the YAML between the two `# ---` lines at the top."
             )
-    if unknown := sorted(set(header) - set(HEADER)):
-        raise LessonError(f"{path.name}: its header gives moe_lab.{unknown[0]}, known are {', '.join(HEADER)}.")
-    return {field: header[field] for field in HEADER}
+    known = HEADER | OPTIONAL
+    if unknown := sorted(set(header) - set(known)):
+        raise LessonError(f"{path.name}: its header gives moe_lab.{unknown[0]}, known are {', '.join(known)}.")
+    return {field: header[field] for field in known if field in header}
 
 
 def _cells(path: Path, notebook: NotebookNode) -> Iterator[Cell]:

@@ -108,6 +108,9 @@ def lay_out(lessons: list[Lesson], root: Path, scratch: Path) -> list[str]:
     left_out = []
     for lesson in lessons:
         _save(unsolved(lesson), scratch / "notebooks" / f"{lesson.name}.ipynb")
+        if lesson.needs and importlib.util.find_spec(lesson.needs) is None:
+            left_out.append(f"solutions/{lesson.name}.ipynb needs {lesson.needs}, which is not here: not compared")
+            continue
         stored = stored_solution(lesson, root)
         if stored is None and (root / "solutions" / f"{lesson.name}.ipynb").exists():
             left_out.append(

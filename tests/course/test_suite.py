@@ -348,6 +348,21 @@ def test_time_badges_count_twice_unless_strict(tiny_course, monkeypatch, argumen
     assert seen == [factor, factor]
 
 
+def test_outputs_are_not_compared_where_a_package_is_missing_and_that_is_said(tiny_course, tmp_path, monkeypatch):
+    path = next((tiny_course / "lessons").glob("90_*.py"))
+    path.write_text(
+        path.read_text(encoding="utf-8").replace("#     hardware: CPU", "#     hardware: CPU\n#     needs: nowhere")
+    )
+    lesson = parse(path)
+    assert lesson.needs == "nowhere"
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    assert suite.lay_out([lesson], tiny_course, scratch) == [
+        f"solutions/{lesson.name}.ipynb needs nowhere, which is not here: not compared"
+    ]
+    assert [path.parent.name for path in scratch.rglob("*.ipynb")] == ["notebooks"]
+
+
 # The network
 
 
