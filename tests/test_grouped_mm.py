@@ -234,3 +234,61 @@ def test_auto_is_a_variant_of_the_table_and_does_not_look_at_the_load():
 def test_an_unknown_variant_is_named_with_those_there_are(impl):
     with pytest.raises(ValueError, match=rf"impl={impl!r}: expected one of auto, {', '.join(GROUPED_MM)}"):
         grouped_mm(*made([1], 4, 4), offsets_of([1]), impl)
+
+
+# --- What is refused ------------------------------------------------------------------------------------------------
+
+REFUSED = {
+    "another length": ((5, 15), (3, 8, 16), [2, 2, 5], r"shape \(5, 15\) and weights of shape \(3, 8, 16\): expected"),
+    "the weights transposed": ((5, 16), (3, 16, 8), [2, 2, 5], r"expected \(R, I\) and \(E, O, I\), with the same I"),
+    "one matrix": ((5, 16), (8, 16), [5], r"weights of shape \(8, 16\): expected"),
+    "a batch of rows": ((1, 5, 16), (3, 8, 16), [2, 2, 5], r"rows of shape \(1, 5, 16\)"),
+    "one offset too many": ((5, 16), (3, 8, 16), [0, 2, 2, 5], r"of shape \(4,\): expected one int32 for each of"),
+    "offsets that fall": ((5, 16), (3, 8, 16), [3, 2, 5], r"offsets are \[3, 2, 5\]: expected them to rise"),
+    "an offset below zero": ((5, 16), (3, 8, 16), [-1, 2, 5], r"offsets are \[-1, 2, 5\]: expected them to rise"),
+    "offsets past the rows": ((5, 16), (3, 8, 16), [2, 2, 6], r"offsets are \[2, 2, 6\]: .* to the 5 rows or fewer"),
+    "nine of them": ((5, 16), (9, 8, 16), [1] * 8 + [6], r"\[1, 1, 1, 1, 1, 1, 1, 1\] and so on: expected"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("rows", "weights", "ends", "says"), REFUSED.values(), ids=REFUSED)
+@pytest.mark.parametrize("impl", [*GROUPED_MM, "auto"])
+def test_shapes_and_offsets_that_do_not_fit_are_named(impl, rows, weights, ends, says):
+    with pytest.raises(ValueError, match=says):
+        grouped_mm(torch.zeros(rows), torch.zeros(weights), torch.tensor(ends, dtype=torch.int32), impl)
+
+
+@pytest.mark.parametrize("impl", [*GROUPED_MM, "auto"])
+def test_dtypes_and_devices_that_differ_are_named(impl):
+    rows, weights, offsets = torch.zeros(5, 16), torch.zeros(1, 8, 16), offsets_of([5])
+    for tensors, says in (
+        ((rows.half(), weights, offsets), r"rows are torch.float16 and weights torch.float32: convert .*\.to"),
+        ((rows, weights, offsets.long()), r"offsets are torch.int64 of shape \(1,\): expected one int32"),
+        ((rows, weights.to("meta"), offsets), r"rows are on cpu, weights on meta: move one of them with \.to"),
+        ((rows.to("meta"), weights, offsets), r"rows are on meta, weights on cpu: move one of them with \.to"),
+        ((rows, weights, offsets.to("meta")), r"rows are on cpu, offsets on meta: move one of them with \.to"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            grouped_mm(*tensors, impl)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_rows_past_the_last_offset_are_not_read_and_become_zero(impl):
+    counts = [2, 0, 3]
+    rows, weights = made(counts, 16, 8)
+    longer = torch.cat([rows.detach(), torch.full((4, 16), float("nan"))]).requires_grad_()
+    product = grouped_mm(longer, weights, offsets_of(counts), impl)
+    assert_close(product[:5], by_definition(rows, weights, counts).float(), rtol=1e-5, atol=1e-5)
+    product.sum().backward()
+    assert not product[5:].any()
+    assert not longer.grad[5:].any()
+    assert weights.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_offsets_may_lie_anywhere_in_memory(impl):
+    counts = [3, 0, 2]
+    rows, weights = (x.detach() for x in made(counts, 16, 8))
+    strided = torch.stack([offsets_of(counts), torch.full((3,), 99, dtype=torch.int32)], -1)[:, 0]
+    product = grouped_mm(rows, weights, strided, impl)
+    assert_close(product, by_definition(rows, weights, counts).float(), rtol=1e-5, atol=1e-5)

@@ -1,0 +1,45 @@
+"""What tests of kernels share: memory that does not come clean, and a list of what was launched."""
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Poison:
+    """The shapes of all tensors that were asked for uninitialised."""
+
+    shapes: list[tuple[int, ...]] = field(default_factory=list)
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        self.shapes.append(tuple(tensor.shape))
+        if not tensor.is_meta:
+            tensor.fill_(float("nan") if tensor.is_floating_point() else 1)  # 1 is a group, a row and a number of rows
+        return tensor
+
+
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch) -> Poison:
+    """Memory that nobody has written to holds NaN, or 1 where it is whole numbers: whoever forgets to write is seen."""
+    poisoned = Poison()
+    for owner, name in ((torch.Tensor, "new_empty"), (torch, "empty_like"), (torch, "empty")):
+        real = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, real=real, **kwargs: poisoned(real(*args, **kwargs)))
+    return poisoned
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the kernels that `moe_lab.ops.launches` starts, in order."""
+    from moe_lab.ops import launches
+
+    names, real = [], launches._launch
+
+    def launch(kernel, grid, *args, **constants):
+        names.append(kernel.fn.__name__)
+        return real(kernel, grid, *args, **constants)
+
+    monkeypatch.setattr(launches, "_launch", launch)
+    return names
