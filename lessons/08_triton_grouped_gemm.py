@@ -110,7 +110,7 @@ for program in range(3):
 # | `tl.program_id(0)` | which program am I, along axis 0 of the grid? |
 # | `tl.arange(0, B)` | the numbers 0 to B - 1; B is a power of two and known beforehand: `tl.constexpr` |
 # | `x + i` | `x` is a tensor's **pointer**, the place of its first number; this is that of number i, here of a block of them |
-# | `tl.load(x + i, mask=i < n, other=0.0)` | the numbers there; where the mask is False nothing is read, and `other` is taken |
+# | `tl.load(x + i, mask=i < n, other=0.0)` | the numbers there; where the mask is False nothing is read, and `other` is taken (without it: anything) |
 # | `tl.store(y + i, numbers, mask=i < n)` | write them; where the mask is False nothing is written |
 #
 # ### Exercise 8.1 · the first kernel
@@ -196,7 +196,7 @@ print(torch.equal(total, a @ b.T))
 # ●●○ · 10 minutes · eight to ten lines
 #
 # y = x @ w.T, of x (M, K) and w (N, K), M, N and K any numbers. w[n, k] lies at `n * stride_wn + k * stride_wk`. The grid is
-# (tiles of rows, tiles of columns). Read and write nothing outside of the tensors.
+# (tiles of rows, tiles of columns). Along a row of x and y the stride is 1. Read and write nothing outside the tensors.
 #
 # | in a kernel | |
 # |---|---|
@@ -249,7 +249,8 @@ def tile_product(
 
 
 # %% [markdown]
-# A number of x is used BLOCK_N times, once it is read: the wider the tile, the higher the intensity. Registers set the limit.
+# A number of x is used BLOCK_N times, once it is read: the wider the tile, the higher the intensity. Registers, which hold
+# `total`, set the limit.
 #
 # ## 4 Ragged rows
 #
@@ -260,8 +261,9 @@ def tile_product(
 viz.draw_tiles(counts, block=4)
 
 # %% [markdown]
-# How many programs shall be started? Asking the offsets would make Python wait for the GPU. A **bound** needs the sizes
-# alone: R rows in E groups make at most E + (R − E) // block tiles (or R, if R < E). **Check** it for 8 rows in 3 groups:
+# How many programs to start? Asking the offsets would make Python wait for the GPU. A **bound** needs the sizes alone: R
+# rows in E groups make at most E + (R − E) // block tiles (or R, if R < E): one for each group's first row, one more for
+# every further `block` rows. **Check** it for 8 rows in 3 groups:
 
 # %%
 splits = [split for split in product(range(9), repeat=3) if sum(split) == 8]
@@ -608,7 +610,7 @@ def show_ttir(word):
 show_ttir("scf.for")
 
 # %% [markdown]
-# bf16 keeps 8 bits, and now the sum is rounded to them after each block. The same in PyTorch, for K = 4096:
+# bf16 keeps 7 bits after the point, and now the sum is rounded to them after each block. The same in PyTorch, for K = 4096:
 
 # %%
 torch.manual_seed(0)
@@ -698,13 +700,14 @@ else:
 # %%
 recorded = viz.kernels.recorded()
 if recorded is None:
-    print("No run on a GPU has been recorded as yet: the figures show the floors alone.")
+    print(
+        "No run on a GPU has been recorded as yet: the figures show what is known without one."
+    )
 viz.draw_throughput(recorded)
 
 # %% [markdown]
-# No kernel beats the rate of the tensor cores, nor the bandwidth. Programs ask for the same rows and weights again and again,
-# and the larger their tiles, the less often. The steps to a fast kernel, by what they ask for. (What a cache gives
-# costs less: what is measured may lie above this roof.)
+# No kernel beats the rate of the tensor cores, nor the bandwidth. Programs ask for the same rows and weights again and again;
+# caches serve much of that, but the larger the tiles, the less is asked for:
 
 # %%
 viz.draw_stages(recorded)

@@ -1,13 +1,16 @@
 """The GPU benchmark, tried without a GPU: what it computes, how it reports, and that it invents nothing."""
 
 import json
+import os
 import re
 import subprocess
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from variants import interpreted
@@ -15,7 +18,7 @@ from variants import interpreted
 from moe_lab import gpu
 from moe_lab.bench.layers import Shape
 from moe_lab.cli import main
-from moe_lab.gpu import candidates, floors, jobs, liger, measure, report, tune
+from moe_lab.gpu import candidates, deadline, floors, jobs, liger, measure, report, tune
 from moe_lab.gpu.candidates import DENSE, FUSED, GROUPED_MM, LIGER, LOADS, LOOP, TMA, TORCH, make_inputs
 from moe_lab.gpu.measure import LostGPU, compare, difference
 from moe_lab.ops.tiles import Tile
@@ -188,6 +191,9 @@ class FakeEvent:
     def record(self) -> None:
         FakeEvent.now += 1.0
         self.at = FakeEvent.now
+
+    def query(self) -> bool:
+        return False
 
     def elapsed_time(self, other: "FakeEvent") -> float:
         return 2 * (other.at - self.at)
@@ -441,8 +447,20 @@ def test_the_gpu_tests_are_run_and_counted(monkeypatch):
     assert all("needs a CUDA GPU" in reason for reason in found["skips"].values())
 
 
-def test_tests_that_take_too_long_count_as_a_failure():
+def test_tests_after_the_deadline_are_skipped_aloud_and_the_others_count(tmp_path):
+    slow = "import time\n\n\ndef test_slow():\n    time.sleep({})\n\n\ndef test_late():\n    assert False\n"
+    (tmp_path / "test_two.py").write_text(slow.format(3))
+    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "-p", "moe_lab.gpu.deadline"]
+    environment = os.environ | {deadline.UNTIL: str(time.time() + 2.5), "PYTHONPATH": str(course_root())}
+    done = subprocess.run([*command, "test_two.py"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert "no time left" in done.stdout
+    assert "failed" not in done.stdout
+
+
+def test_tests_that_do_not_end_count_as_a_failure_and_leave_no_process(monkeypatch):
+    monkeypatch.setattr(gpu, "GRACE", 0)
     found = gpu.run_tests(0.5)
+    assert not [p for p in psutil.Process().children(recursive=True) if "test_on_gpu" in " ".join(p.cmdline())]
     assert (found["failed"], found["failures"]) == (1, ["no time left"])
 
 

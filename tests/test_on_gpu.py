@@ -187,7 +187,7 @@ def poisoned(device: str = DEVICE) -> Iterator[None]:
 
 @pytest.fixture
 def force(monkeypatch) -> Callable[..., None]:
-    """`force("few", tma=False)`: kernels take the tiles of that class, and of the two plain products that one."""
+    """`force("few", tma=False)`: kernels take the tiles of that class, and of the two products that one."""
 
     def force(table: str, tma: bool) -> None:
         if tma and DEVICE == "cuda" and torch.cuda.get_device_capability() < (9, 0):
@@ -400,10 +400,11 @@ def block_check(
     assert not ours[3][unused].any()
 
 
+@pytest.mark.parametrize("tma", [False, True], ids=["portable", "tma"])
 @pytest.mark.parametrize("table", ["few", "many"])
 @pytest.mark.parametrize("sizes", [(256, 128), (208, 80)], ids=["even", "ugly"])
-def test_the_block_is_as_exact_as_its_steps_on_cublas_and_writes_everything(force, table, sizes):
-    force(table, tma=False)  # the block's products gather and scatter, so they are of the portable kind
+def test_the_block_is_as_exact_as_its_steps_on_cublas_and_writes_everything(force, table, sizes, tma):
+    force(table, tma)
     block_check(400, sizes, torch.bfloat16)
 
 

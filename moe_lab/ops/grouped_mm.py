@@ -4,9 +4,9 @@ The contract, for every variant in `GROUPED_MM`:
 
     rows (R, I), weights (E, O, I), offsets (E,) int32 -> (R, O)
 
-Row r belongs to the group e with `offsets[e - 1] <= r < offsets[e]` (the first begins at 0) and
-becomes `rows[r] @ weights[e].T`. Groups may be empty, and `grouped_mm` takes none at all. Rows past the last offset are
-of no group: they are not read, and become zero. Gradients reach rows and weights; an empty group's is zero.
+Row r belongs to the group e with `offsets[e - 1] <= r < offsets[e]` (the first begins at 0) and becomes
+`rows[r] @ weights[e].T`. Groups may be empty, and `grouped_mm` takes none at all. Rows past the last offset are of no
+group: what they hold enters no result, and theirs is zero. Gradients reach rows and weights; an empty group's is zero.
 """
 
 import importlib

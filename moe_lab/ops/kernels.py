@@ -5,14 +5,15 @@ int32 holds for each the group, the first row and the number of rows; the group 
 number of groups where its rows belong to none. See `moe_lab.ops.tiles`, and `moe_lab.ops.launches` for the grids.
 
 Row numbers, and a group's place in the weights, are 64 bit before they are multiplied by a stride: R·I and E·O·I pass
-2^31. Places within a tile are small and stay 32 bit.
+2^31. Places within a tile are small and stay 32 bit. How many rows and tiles there are changes from call to call, so
+nothing is compiled anew for numbers of them (`do_not_specialize`).
 """
 
 import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows", "n_tiles"])
 def plan_tiles(offsets, tiles, by_size, n_groups, n_rows, n_tiles, BLOCK: tl.constexpr, GROUPS: tl.constexpr):
     """Program g writes the tiles of group g; the last one those of the rows past the last offset, and the unused ones.
 
@@ -60,17 +61,17 @@ def silu(x):
     return x * tl.sigmoid(x)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_tiles"])
 def grouped_product(
     x, w, y, tiles, row_choices, weights,
     n_tiles, n_groups, N, K, stride_x, stride_we, stride_wn, stride_wk, stride_y,
-    TOP_K: tl.constexpr, GATHER: tl.constexpr, SCATTER: tl.constexpr, PRECISION: tl.constexpr,
+    SCATTER: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BAND: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
     """y[r] = x[r] @ w[group of r].T, (rows, K) to (rows, N).
 
-    With GATHER row r reads the token whose choice it carries; with SCATTER it is written to the place of that choice,
-    times the choice's weight if there are any. So y is (T·K, N), and a token's rows lie side by side.
+    With SCATTER row r is written to the place of the choice that it carries, times the choice's weight if there are
+    any. So y is (T·K, N), and a token's rows lie side by side.
     """
     tile, column = tile_order(tl.program_id(0), n_tiles, tl.cdiv(N, BLOCK_N), BAND)
     group = tl.load(tiles + tile)
@@ -79,12 +80,10 @@ def grouped_product(
     first, count = tl.load(tiles + n_tiles + tile), tl.load(tiles + 2 * n_tiles + tile)
     place = tl.arange(0, BLOCK_M)
     row = (first + tl.minimum(place, count - 1)).to(tl.int64)  # past the group's end: its last row again, not stored
-    choice = tl.load(row_choices + row) if GATHER or SCATTER else row
-    source = choice // TOP_K if GATHER else row
     n = column * BLOCK_N + tl.arange(0, BLOCK_N)
     in_n = (n < N)[None, :]
     k = tl.arange(0, BLOCK_K)
-    x_at = x + source[:, None] * stride_x + k[None, :]
+    x_at = x + row[:, None] * stride_x + k[None, :]
     w_at = w + group.to(tl.int64) * stride_we + n.to(tl.int64)[None, :] * stride_wn + k[:, None] * stride_wk
 
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -99,14 +98,14 @@ def grouped_product(
         x_at += BLOCK_K
         w_at += BLOCK_K * stride_wk
 
+    target = tl.load(row_choices + row).to(tl.int64) if SCATTER else row
     if weights is not None:
-        total *= tl.load(weights + choice)[:, None]
-    target = choice if SCATTER else row
+        total *= tl.load(weights + target)[:, None]
     y_at = y + target[:, None] * stride_y + n[None, :]
     tl.store(y_at, total.to(y.dtype.element_ty), mask=(place < count)[:, None] & in_n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_tiles"])
 def grouped_product_tma(
     x_rows, w_blocks, y, tiles, row_choices, weights, n_tiles, n_groups, N, K, stride_y,
     SCATTER: tl.constexpr, PRECISION: tl.constexpr, TRANSPOSED: tl.constexpr,
@@ -136,14 +135,14 @@ def grouped_product_tma(
         n = column * BLOCK_N + tl.arange(0, BLOCK_N)
         target = (first + place).to(tl.int64)
         if SCATTER:
-            target = tl.load(row_choices + target, mask=place < count, other=0)
+            target = tl.load(row_choices + target, mask=place < count, other=0).to(tl.int64)
         if weights is not None:
             total *= tl.load(weights + target, mask=place < count, other=0.0)[:, None]
         y_at = y + target[:, None] * stride_y + n[None, :]
         tl.store(y_at, total.to(y.dtype.element_ty), mask=(place < count)[:, None] & (n < N)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_tiles"])
 def gate_up(
     x, w, inner, hidden, tiles, row_choices,
     n_tiles, n_groups, F, D, stride_x, stride_we, stride_wn,
@@ -162,7 +161,7 @@ def gate_up(
     first, count = tl.load(tiles + n_tiles + tile), tl.load(tiles + 2 * n_tiles + tile)
     place = tl.arange(0, BLOCK_M)
     row = (first + tl.minimum(place, count - 1)).to(tl.int64)
-    token = tl.load(row_choices + row) // TOP_K
+    token = tl.load(row_choices + row).to(tl.int64) // TOP_K
     n = column * BLOCK_N + tl.arange(0, BLOCK_N)
     in_n = (n < F)[None, :]
     k = tl.arange(0, BLOCK_K)
@@ -216,7 +215,7 @@ def swiglu_backward(back, inner, d_inner, weighted, weight, place, n, count, F):
     return tl.sum(back * hidden, axis=1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_tiles", "n_choices"])
 def down_backward(
     dy, w, inner, weights, d_inner, weighted, d_weights, tiles, row_choices,
     n_tiles, n_groups, n_choices, F, D, stride_dy, stride_we, stride_wk,
@@ -231,12 +230,16 @@ def down_backward(
     """
     tile, column = tile_order(tl.program_id(0), n_tiles, tl.cdiv(F, BLOCK_N), BAND)
     group = tl.load(tiles + tile)
-    if (group < 0) | (group >= n_groups):
+    if group < 0:
         return
     first, count = tl.load(tiles + n_tiles + tile), tl.load(tiles + 2 * n_tiles + tile)
     place = tl.arange(0, BLOCK_M)
     row = (first + tl.minimum(place, count - 1)).to(tl.int64)
-    choice = tl.load(row_choices + row)
+    choice = tl.load(row_choices + row).to(tl.int64)
+    weights_at = d_weights + column.to(tl.int64) * n_choices + choice
+    if group == n_groups:  # rows of no expert
+        tl.store(weights_at, tl.zeros((BLOCK_M,), dtype=tl.float32), mask=place < count)
+        return
     n = column * BLOCK_N + tl.arange(0, BLOCK_N)
     in_n = (n < F)[None, :]
     k = tl.arange(0, BLOCK_K)
@@ -263,10 +266,10 @@ def down_backward(
     n = column * BLOCK_N + tl.arange(0, BLOCK_N // 2)
     part = swiglu_backward(left, inner, d_inner, weighted, weight, place, n, count, F)
     part += swiglu_backward(right, inner, d_inner, weighted, weight, place, n + BLOCK_N // 2, count, F)
-    tl.store(d_weights + column.to(tl.int64) * n_choices + choice, part, mask=place < count)
+    tl.store(weights_at, part, mask=place < count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def weight_gradient(
     left, right, dw, offsets, by_size, row_choices,
     n_rows, M, N, stride_left, stride_right,
@@ -295,7 +298,7 @@ def weight_gradient(
         is_mine = row < end
         token = row
         if GATHER_LEFT or GATHER_RIGHT:
-            token = tl.load(row_choices + row, mask=is_mine, other=0) // TOP_K
+            token = tl.load(row_choices + row, mask=is_mine, other=0).to(tl.int64) // TOP_K
         left_row = token if GATHER_LEFT else row
         right_row = token if GATHER_RIGHT else row
         a = tl.load(left + left_row[:, None] * stride_left + m[None, :], mask=is_mine[:, None] & in_m, other=0.0)

@@ -41,6 +41,9 @@ def require_kernels(x: Tensor) -> None:
                 "impl='triton' on the meta device: kernels are compiled inside `machine_code.compile_for(...)` only."
             )
             raise ValueError(message) from None
+    if x.is_cuda and (torch.version.hip or _capability(x) < 80):
+        name = torch.cuda.get_device_name(x.device)
+        raise ValueError(f"impl='triton' needs an NVIDIA GPU from Ampere on, and this is {name}: use impl='auto'.")
     if x.is_cuda or x.is_meta or (is_interpreted() and x.device.type == "cpu"):
         return
     raise ValueError(
@@ -50,8 +53,13 @@ def require_kernels(x: Tensor) -> None:
 
 
 def _capability(x: Tensor) -> int:
-    """The GPU's compute capability as one number, 90 for 9.0; 0 in the interpreter."""
-    return 0 if is_interpreted() else triton.runtime.driver.active.get_current_target().arch
+    """The compute capability of the tensor's GPU as one number, 90 for 9.0; 0 in the interpreter."""
+    if is_interpreted():
+        return 0
+    if x.is_cuda:
+        major, minor = torch.cuda.get_device_capability(x.device)
+        return 10 * major + minor
+    return triton.runtime.driver.active.get_current_target().arch  # on the meta device
 
 
 def _tiles_for(x: Tensor, w: Tensor, n_rows: int) -> Tiles:
@@ -109,27 +117,26 @@ def product(
     tiles: RowTiles,
     tile: Tile,
     plan: DispatchPlan | None = None,
-    gather: bool = False,
     weights: Tensor | None = None,
     tma: bool = False,
 ) -> Tensor:
     """Rows times the transposed matrix of their group, `w` (E, N, K); (R, K) to (R, N).
 
-    With a plan the results go to the places of their choices, (T·K, N); with `gather` rows come from tokens.
+    With a plan the results go to the places of their choices, (T·K, N), times the choices' weights.
     """
     _, n, k = w.shape
     y = x.new_empty(tiles.n_rows, n)
     precision = _precision(x)
     row_choices = None if plan is None else plan.row_choices
-    if tma and not gather and _can_describe(x, w):
+    if tma and _can_describe(x, w):
         _product_tma(x, w, y, tiles, tile, precision, row_choices, weights)
         return y
     _launch(
         kernels.grouped_product, (tiles.n_tiles * triton.cdiv(n, tile.columns),),
         x, w, y, tiles.table, row_choices, weights,
         tiles.n_tiles, tiles.n_groups, n, k, x.stride(0), *w.stride(), y.stride(0),
-        TOP_K=1 if plan is None else plan.choice_rows.shape[1], GATHER=gather, SCATTER=plan is not None,
-        PRECISION=precision, BAND=BAND, EVEN_K=k % tile.depth == 0, tile=tile, **_blocks(tile),
+        SCATTER=plan is not None, PRECISION=precision, BAND=BAND, EVEN_K=k % tile.depth == 0,
+        tile=tile, **_blocks(tile),
     )  # fmt: skip
     return y
 
@@ -227,13 +234,13 @@ class _GroupedProduct(torch.autograd.Function):
     def forward(ctx, rows: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
         ctx.sizes = sizes = _tiles_for(rows, weights, len(rows))
         ctx.tiles = tiles = RowTiles(offsets, len(rows), sizes.rows)
-        ctx.save_for_backward(rows, weights)
+        ctx.save_for_backward(rows, weights, tiles.offsets)  # these too: autograd then sees it if they are changed
         return product(rows, weights, tiles, sizes.product, tma=sizes.tma)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        rows, weights = ctx.saved_tensors
+        rows, weights, _ = ctx.saved_tensors
         tiles, sizes = ctx.tiles, ctx.sizes
         dy = _rows_side_by_side(dy)
         d_rows = d_weights = None
@@ -274,7 +281,7 @@ class _MLP(torch.autograd.Function):
             tile=tile, **_blocks(tile),
         )  # fmt: skip
         ctx.plan, ctx.tiles, ctx.sizes = plan, tiles, sizes
-        ctx.save_for_backward(x, w_in, w_down, weights, inner)
+        ctx.save_for_backward(x, w_in, w_down, weights, inner, tiles.offsets, plan.row_choices)
         return sum_of_choices(
             product(hidden, w_down, tiles, sizes.product, plan, weights=weights, tma=sizes.tma), top_k
         )
@@ -282,7 +289,7 @@ class _MLP(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, w_in, w_down, weights, inner = ctx.saved_tensors
+        x, w_in, w_down, weights, inner, *_ = ctx.saved_tensors
         plan, tiles, sizes = ctx.plan, ctx.tiles, ctx.sizes
         needs_x, needs_in, needs_down, needs_weights, *_ = ctx.needs_input_grad
         dy = _rows_side_by_side(dy)

@@ -60,6 +60,8 @@ def _require_fit(x: Tensor, w_in: Tensor, w_down: Tensor, plan: DispatchPlan, we
             raise ValueError(f"x is on {x.device}, {name} on {tensor.device}: move one of them with .to(...).")
     if not x.dtype == w_in.dtype == w_down.dtype:
         raise ValueError(f"x is {x.dtype}, w_in {w_in.dtype}, w_down {w_down.dtype}: convert them to one dtype.")
+    if weights.dtype not in (torch.float32, x.dtype):
+        raise ValueError(f"weights are {weights.dtype}: expected fp32, or {x.dtype} as x is.")
     require_offsets(plan.offsets, n_experts, plan.row_choices)
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return

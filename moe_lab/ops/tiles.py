@@ -68,7 +68,7 @@ class Tiles:
     """The tiles of all kernels, for one class of shapes on one kind of GPU.
 
     Those of the first three have the same number of rows, so that they share a plan. `gate_up` computes its columns
-    twice. `tma` says whether the plain product takes descriptors and a grid that stays.
+    twice. `tma` says whether the product of rows that lie side by side takes descriptors and a grid that stays.
     """
 
     product: Tile

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from moe_lab.gpu import floors
-from moe_lab.ops.tiles import plan_tiles
+from moe_lab.ops.tiles import most_tiles, plan_tiles
 from moe_lab.paths import results_dir
 from moe_lab.viz.dispatching import PALE, expert_colour
 from moe_lab.viz.picture import BLUE, GREEN, GREY, INK, ORANGE, SERIES, STYLE, VERMILLION, Picture, new_axes
@@ -214,7 +214,8 @@ def draw_tiles(counts: Sequence[int], block: int) -> Picture:
     n_rows = sum(counts)
     if not n_rows:
         raise ValueError(f"counts are {list(counts)}: expected at least one row.")
-    groups, firsts, sizes = plan_tiles(torch.tensor(counts).cumsum(0).int(), n_rows, block).tolist()
+    plan = plan_tiles(torch.tensor(counts).cumsum(0).int(), n_rows, block)
+    groups, firsts, sizes = plan[:, : most_tiles(n_rows, len(counts), block)].tolist()  # all rows have a group here
     figure, axes = new_axes(9.2, 2.9)
     starts = [sum(counts[:expert]) for expert in range(len(counts))]
     for expert, (start, count) in enumerate(zip(starts, counts, strict=True)):
@@ -247,8 +248,8 @@ def draw_tiles(counts: Sequence[int], block: int) -> Picture:
     alt = (
         f"{n_rows} rows sorted by expert, {', '.join(map(str, counts))} rows each, and below them {len(groups)} tiles "
         f"of up to {block} rows: {n_used} are used, of experts {', '.join(str(g) for g in groups[:n_used])} with "
-        f"{', '.join(str(s) for s in sizes[:n_used])} rows, the rest of a tile is masked; the last "
-        f"{len(groups) - n_used} are not used."
+        f"{', '.join(str(s) for s in sizes[:n_used])} rows, the rest of a tile is masked; at the end "
+        f"{len(groups) - n_used} not used."
     )
     return Picture(figure, alt)
 
@@ -351,14 +352,17 @@ def _half_of_the_limit() -> int:
     return next(tokens for tokens in range(1, 4096) if sweep_limit(tokens) >= sweep_limit(4096) / 2)
 
 
-def stages_of(recording: Mapping[str, Any] | None) -> dict[str, tuple[float, float | None]]:
+def stages_of(recording: Mapping[str, Any] | None) -> dict[str, tuple[float | None, float | None]]:
     """Of each step of the optimisation the bytes that its programs ask for, per million operations, and TFLOP/s.
+
+    Of a library's products nobody knows what they ask for.
 
     Without a recording there are tiles of four sizes, and no TFLOP/s. What programs ask for, the caches may have.
     """
     if recording and recording.get("steps"):
         found = recording["steps"][0]["candidates"]
-        return {name: (1e6 / one["flops_per_byte"], one["tflops"]) for name, one in found.items() if "tflops" in one}
+        asked = {name: 1e6 / one["flops_per_byte"] if "flops_per_byte" in one else None for name, one in found.items()}
+        return {name: (asked[name], one["tflops"]) for name, one in found.items() if "tflops" in one}
     n_experts, d_model, d_ff = SWEEP_SHAPE
     n_rows = 8 * 32768
     flops = floors.product(n_rows, d_model, 2 * d_ff, n_experts).flops
@@ -381,8 +385,9 @@ def draw_stages(recording: Mapping[str, Any] | None) -> Picture:
     for place, (asked, rate) in enumerate(steps.values()):
         length = asked if rate is None else rate
         axes.barh(place, length, color=(BLUE, 0.5), edgecolor=BLUE, height=0.62)
-        told = f"  {asked / 1e3:.0f} KB" if rate is None else f"  {rate:.0f}, asks for {asked / 1e3:.0f} KB"
-        axes.text(length, place, told, va="center", fontsize=9.5)
+        told = [] if rate is None else [f"{rate:.0f}"]
+        told += [] if asked is None else [f"{'asks for ' if rate else ''}{asked / 1e3:.0f} KB"]
+        axes.text(length, place, "  " + ", ".join(told), va="center", fontsize=9.5)
     axes.set_yticks(range(len(steps)), list(steps))
     axes.set_ylim(len(steps) - 0.4, -0.6)
     if is_measured:

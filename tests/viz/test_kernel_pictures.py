@@ -67,7 +67,7 @@ def test_waste(counts, block, padded, tiled):
 def test_tiles_over_the_sorted_rows():
     alt = viz.draw_tiles([5, 0, 6, 1, 3], 4).alt
     assert "15 rows sorted by expert, 5, 0, 6, 1, 3 rows each" in alt
-    assert "8 tiles of up to 4 rows: 6 are used" in alt
+    assert "7 tiles of up to 4 rows: 6 are used" in alt
     assert "of experts 0, 0, 2, 2, 3, 4 with 4, 1, 4, 2, 1, 3 rows" in alt
     for draw in (viz.draw_tiles, viz.draw_padding):
         with pytest.raises(ValueError, match="expected at least one row"):
