@@ -447,6 +447,11 @@ def test_the_gpu_tests_are_run_and_counted(monkeypatch):
     assert all("needs a CUDA GPU" in reason for reason in found["skips"].values())
 
 
+def test_an_error_is_told_without_the_folders_of_this_machine():
+    told = measure.why(OSError(f"{sys.prefix}/lib/x.so and {course_root()}/moe_lab\nmore"))
+    assert told == "OSError: <python>/lib/x.so and ./moe_lab"
+
+
 def test_tests_after_the_deadline_are_skipped_aloud_and_the_others_count(tmp_path):
     slow = "import time\n\n\ndef test_slow():\n    time.sleep({})\n\n\ndef test_late():\n    assert False\n"
     (tmp_path / "test_two.py").write_text(slow.format(3))

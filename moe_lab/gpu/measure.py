@@ -6,12 +6,16 @@ With `device="cpu"` everything runs once and no time is told: that is how the be
 import contextlib
 import gc
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from moe_lab.paths import course_root
 
 WARM_UP, FEWEST, MOST = 2, 7, 20  # rounds
 SECONDS = 0.8  # that one comparison should take, with its rounds between these
@@ -127,9 +131,11 @@ def require_living_gpu(device: str, error: Exception) -> None:
 
 
 def why(error: Exception) -> str:
-    """An error in one line."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:300]}"
+    """An error in one line, without the folders of this machine: it is kept in a file that others read."""
+    line = (str(error).strip().splitlines() or [""])[0]
+    for folder, name in ((sys.prefix, "<python>"), (str(course_root()), "."), (str(Path.home()), "~")):
+        line = line.replace(folder, name)
+    return f"{type(error).__name__}: {line[:300]}"
 
 
 def release(device: str) -> None:
