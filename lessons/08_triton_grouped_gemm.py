@@ -10,7 +10,7 @@
 #     name: python3
 # moe_lab:
 #   title: Triton grouped GEMM
-#   minutes: 60
+#   minutes: 75
 #   seconds: 120
 #   hardware: CPU · GPU optional
 #   needs: triton
@@ -21,13 +21,13 @@
 #
 # **How does a GPU run ragged matrix products at full speed?**
 #
-# `CPU · GPU optional` · 60 minutes · prerequisites: notebooks 03 and 04
+# `CPU · GPU optional` · 75 minutes · prerequisites: notebooks 03 and 04
 #
 # At the end **you will have built** the grouped product of all experts (GEMM: general matrix multiplication) as one kernel,
-# proven on this machine, and compiled for a data-centre GPU that need not be here: you will find the tensor cores'
+# proven on this machine, and compiled for a data-centre GPU that you need not have: you will find the tensor cores'
 # instruction in its machine code.
 #
-# What is marked *optional* goes past the hour: run its cells, and read it another time.
+# What is marked *optional* comes on top: run its cells, and read it another time.
 
 # %%
 import re
@@ -57,7 +57,8 @@ my_guess = {"tokens per expert": None, "waste, %": None}
 # %% [markdown]
 # ## 1 What a GPU is like
 #
-# A GPU is many processors (132 in an H100 or H200) around one memory. What is near is fast and small:
+# A GPU is many processors (132 in an H100 or H200) around one memory. Nearest are a processor's **registers**, which hold
+# what it computes with; then its **shared memory**; then one cache for all, **L2**. What is near is fast and small:
 
 # %%
 viz.draw_memory()
@@ -75,7 +76,7 @@ def intensity(tokens, n=1536, k=2048):
 
 
 for tokens in (1, 16, 256, 4096):
-    print(f"{tokens:>5} tokens: {intensity(tokens):>6.1f} operations for each byte")
+    print(f"{tokens:>5} tokens: {intensity(tokens):>6.1f} operations per byte")
 
 # %% [markdown]
 # With few tokens it is about t: each weight, two bytes, is used for one multiplication and one addition per token. An H200
@@ -88,7 +89,7 @@ viz.draw_roofline({f"{t} tokens": intensity(t) for t in (16, 64, 256, 1024)})
 # %%
 rate, bandwidth = 989e12, 4.8e12  # bf16 operations, and bytes, in a second
 enough = next(t for t in range(1, 5000) if intensity(t) > rate / bandwidth)
-print(f"an H200 has {rate / bandwidth:.0f} operations for each byte")
+print(f"an H200 does {rate / bandwidth:.0f} operations per byte that it reads")
 print("tokens per expert to be busy:", enough, "· you said", my_guess["tokens per expert"])
 
 # %% [markdown]
@@ -110,7 +111,7 @@ for program in range(3):
 # | `tl.program_id(0)` | which program am I, along axis 0 of the grid? |
 # | `tl.arange(0, B)` | the numbers 0 to B - 1; B is a power of two and known beforehand: `tl.constexpr` |
 # | `x + i` | `x` is a tensor's **pointer**, the place of its first number; this is that of number i, here of a block of them |
-# | `tl.load(x + i, mask=i < n, other=0.0)` | the numbers there; where the mask is False nothing is read, and `other` is taken (without it: anything) |
+# | `tl.load(x + i, mask=i < n, other=0.0)` | the numbers there; where the mask is False nothing is read, and `other` is taken (without `other` it may be anything) |
 # | `tl.store(y + i, numbers, mask=i < n)` | write them; where the mask is False nothing is written |
 #
 # ### Exercise 8.1 · the first kernel
@@ -193,14 +194,14 @@ print(torch.equal(total, a @ b.T))
 # %% [markdown]
 # ### Exercise 8.2 · one tile of a product
 #
-# ●●○ · 10 minutes · eight to ten lines
+# ●●○ · 15 minutes · eight to ten lines
 #
-# y = x @ w.T, of x (M, K) and w (N, K), M, N and K any numbers. w[n, k] lies at `n * stride_wn + k * stride_wk`. The grid is
+# y = x @ w.T, of x (M, K) and w (N, K), any sizes, fp32 multiplied exactly. w[n, k] lies at `n * stride_wn + k * stride_wk`. The grid is
 # (tiles of rows, tiles of columns). Along a row of x and y the stride is 1. Read and write nothing outside the tensors.
 #
 # | in a kernel | |
 # |---|---|
-# | `total = tl.dot(a, b, total, input_precision="ieee")` | total + a @ b, for a (BLOCK_M, BLOCK_K) and b (BLOCK_K, BLOCK_N); fp32 is multiplied exactly |
+# | `total = tl.dot(a, b, total, input_precision="ieee")` | total + a @ b, for a (BLOCK_M, BLOCK_K) and b (BLOCK_K, BLOCK_N); without `"ieee"` a GPU rounds fp32 first |
 # | `for done in range(0, K, BLOCK_K):` | a loop like this one, whose loads the compiler sends ahead (it does not for `while`) |
 # | `p & q` | both masks, `(BLOCK_M, 1)` and `(1, BLOCK_N)` say, make one of (BLOCK_M, BLOCK_N) |
 #
@@ -275,9 +276,9 @@ print(len(splits), "ways; at most", most, "tiles of 4; the bound:", most_tiles(8
 #
 # ### Exercise 8.3 · the plan of tiles
 #
-# ●●○ · 7 minutes · five to seven lines
+# ●●○ · 8 minutes · five to seven lines
 #
-# In plain PyTorch; a loop is welcome.
+# In plain PyTorch; a loop is welcome. Without rows `n_tiles` is 0.
 #
 # | | |
 # |---|---|
@@ -322,8 +323,6 @@ for name, line in zip(("group", "first", "rows"), plan, strict=True):
     print(f"{name:<6}", *(f"{number:>3}" for number in line.tolist()))
 
 # %% [markdown]
-# (The package makes this plan on the GPU, where nobody waits.)
-#
 # ## 5 The grouped product
 #
 # 8.2's tile, and a plan that says where it lies. What changes?
@@ -337,10 +336,10 @@ for name, line in zip(("group", "first", "rows"), plan, strict=True):
 #
 # ### Exercise 8.4 · the grouped product
 #
-# ●●● · 9 minutes · your 8.2, and five lines
+# ●●● · 12 minutes · your 8.2, and five lines
 #
 # y[r] = x[r] @ w[group of r].T, for x (R, K). Tensors may hold more than 2³¹ numbers: make group and rows 64 bit, as in
-# `group.to(tl.int64)`, before a stride multiplies them.
+# `group.to(tl.int64)`, before a stride multiplies them (see 9: no check is that large).
 #
 # <details><summary>Hint 1</summary>
 #
@@ -417,8 +416,9 @@ y = grouped_mm(x, w, offsets, impl="reference")
 print("equal:", torch.allclose(grouped(x.detach(), w.detach(), offsets), y, atol=1e-5))
 
 # %% [markdown]
-# **In which order?** What one program has read lies in the L2 cache for the others. In bands, programs that run at the same
-# time touch a square, not a long strip; the package's kernels do this (`tile_order` in `moe_lab/ops/kernels.py`).
+# **In which order?** Programs start by number, axis 0 first; some hundred run at once. What one has read lies in L2 for the
+# others. In bands they touch a square, not a long strip; the package's kernels do this (`tile_order` in
+# `moe_lab/ops/kernels.py`).
 
 # %%
 viz.draw_tile_order(n_rows=12, n_columns=12, band=4)
@@ -522,13 +522,12 @@ for name, numbers in saved.items():
 print(f"all products' operations: {6 * R * D * F / rate * 1e3:.2f} ms at least")
 
 # %% [markdown]
-# `MoE(..., impl="triton")` does this, and the router weights go along with the second product. For its backward pass it keeps x
-# and what SwiGLU was given.
+# `MoE(..., impl="triton")` does this; router weights go along with the second product.
 #
 # ## 8 What your kernel becomes
 #
-# A compiler needs no GPU. Your kernel, for Qwen3-30B-A3B's first product in bf16, on an H100 or H200 ("Hopper", compute
-# capability 9.0):
+# A compiler needs no GPU, nor numbers: tensors on "meta" have none. Your kernel, for Qwen3-30B-A3B's first product in bf16,
+# on an H100 or H200 ("Hopper", compute capability 9.0), a program on 8 **warps** of 32 **threads**:
 
 
 # %%
@@ -554,8 +553,8 @@ viz.show_machine_code(hopper) if hopper else None
 
 # %% [markdown]
 # **There it is**: one HGMMA multiplies 64 × 16 by 16 × 128 bf16 numbers on the tensor cores and sums in fp32. *Spills* would
-# mean too few registers. In shared memory the next blocks arrive while this one is multiplied, in *stages*. The same
-# for an A100, an H200 and a B200:
+# mean too few registers. While one block of K is multiplied, the next ones arrive in shared memory: as many as there are
+# *stages*. The same for an A100, an H200 and a B200:
 
 # %%
 for name, capability in {"A100": 80, "H200": 90, "B200": 100}.items():
@@ -565,7 +564,7 @@ for name, capability in {"A100": 80, "H200": 90, "B200": 100}.items():
         print(f"{name}: tensor cores by {', '.join(found)}; spills: {code.spills}")
 
 # %% [markdown]
-# Each generation has an instruction of its own, and the same source. **Predict** what becomes of it in fp32.
+# Each generation has an instruction of its own, from the same source. *Optional:* **predict** which one multiplies in fp32.
 
 # %%
 small = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}
@@ -575,12 +574,13 @@ if exact:
     print("ordinary multiply-adds (FFMA) in it:", exact.instructions["FFMA"] > 0)
 
 # %% [markdown]
-# None. Tensor cores would read fp32 as TF32, with 10 bits after the point, and `"ieee"` forbids that. So exact fp32 runs on
-# ordinary cores, at 67 in place of 989 TFLOP/s. (Yours has some? Then it rounds.)
+# None. Tensor cores would read fp32 as TF32, with 10 bits after the point, which `"ieee"` forbids. Exact fp32 runs on
+# ordinary cores, at 67 in place of 989 TFLOP/s.
 #
-# ## 9 Mistakes that no laptop shows
+# ## 9 Mistakes that no laptop shows (*optional*)
 #
-# We make two in the course's kernel: it **sums in the type of the results**, and computes **places in 32 bits**.
+# We make two in the course's kernel: it **sums in the type of the results**, and computes **places in 32 bits**. (The cell
+# exchanges pieces of its text; skip it.)
 
 # %%
 ours = Kernel.written("moe_lab.course.chapters.kernels08", "grouped_product")
@@ -594,17 +594,19 @@ wrong = ours.changed(
 versions = {"yours": hopper, "wrong": compiled(wrong)}
 
 # %% [markdown]
-# It passes all checks of this notebook, which are small and in fp32; and it compiles for bf16, too. In Triton's own
-# intermediate language (TTIR): of which type is the sum that the loop carries along?
+# The wrong kernel gives the right numbers in every check of this notebook, which are small and in fp32; and it compiles for
+# bf16, too. In Triton's own intermediate language (TTIR): of which type is the sum that the loop carries along?
 
 
 # %%
-def show_ttir(word):
-    """The lines of both kernels' TTIR that hold this word, without the numbers of names."""
+def show_ttir(word, more=0):
+    """The lines of both kernels' TTIR with this word, and those after; names without numbers."""
     for name, code in versions.items():
-        for line in code.ttir.splitlines() if code else []:
-            if word in line and not line.startswith("#") and "tt.func" not in line:
-                print(f"{name}:", re.sub(r"_\d+\b", "", line.split(" loc(")[0].strip(" {")))
+        lines = [line for line in code.ttir.splitlines() if line[:1] == " "] if code else []
+        for i, line in enumerate(lines):
+            if word in line and "tt.func" not in line:
+                for each in lines[i : i + 1 + more]:
+                    print(f"{name}:", re.sub(r"_\d+\b", "", each.split(" loc(")[0].strip(" {")))
 
 
 show_ttir("scf.for")
@@ -628,11 +630,11 @@ print("the bf16 sum is more than three times as far off:", bool(more > 3))
 # And the place of an expert's matrix, group times stride:
 
 # %%
-show_ttir("stride_we")
+show_ttir("stride_we", more=1)
 
 # %% [markdown]
 # `extsi` widens to 64 bits; `muli … : i32` multiplies in 32, and past 2³¹ − 1 the product turns negative. (Does yours widen?)
-# Where? In Qwen3.5-397B, whose first product has 512 experts of 2048 by 4096:
+# When? In Qwen3.5-397B, whose first product has 512 experts of 2048 by 4096:
 
 # %%
 one = 2048 * 4096
@@ -650,7 +652,7 @@ print(f"and rows of 4096: from row {2**31 // 4096:,} on")
 # ### A minimum in place of a mask (*optional*)
 #
 # To stay within x one can also hold k below K by a minimum; what is read twice meets w's zeros. Right in every test. **Predict**
-# what it costs.
+# what it costs. (The cell exchanges text again.)
 
 # %% tags=["nbval-ignore-output"]
 held = ours.changed(

@@ -7,6 +7,7 @@ timed on the one that is there. What goes there and comes back lies in a tempora
     from moe_lab.course.kernel_cells import tl, triton  # stand-ins where there is no Triton
 """
 
+import ast
 import base64
 import importlib.util
 import inspect
@@ -94,7 +95,7 @@ class Kernel:
             if bare.__name__ in sources:
                 continue
             sources[bare.__name__] = _source(bare)
-            for name in bare.__code__.co_names:
+            for name in _names_in(sources[bare.__name__]):
                 value = bare.__globals__.get(name)
                 if isinstance(value, Kernel):  # it passed an earlier exercise
                     sources |= {each: value.sources[each] for each in reversed(value.sources)}
@@ -130,7 +131,11 @@ class Kernel:
         return self.load(Path(folder.name))[0]
 
     def load(self, folder: Path) -> tuple[Any, dict[str, Any]]:
-        """The kernel, and the names that its code finds; its source is kept in the folder, where Triton reads it."""
+        """The kernel, and the names that its code finds; its source is kept in the folder, where Triton reads it.
+
+        Raises:
+            KernelError: it returns something.
+        """
         import triton
         import triton.language as tl
 
@@ -141,6 +146,7 @@ class Kernel:
             path = folder / f"{name}.py"
             path.write_text(source, encoding="utf-8")
             exec(compile(source, str(path), "exec"), names)
+        _require_no_result(self.sources[self.name])
         return names[self.name], names
 
     # --- Runs, each in a process of its own ---
@@ -204,6 +210,20 @@ def _source(function: Callable) -> str:
     begin = next(i for i, line in enumerate(lines) if line.lstrip().startswith("def "))
     text = textwrap.dedent("".join(lines[begin:]))
     return "\n" * (first + begin - 2) + "@triton.jit\n" + text
+
+
+def _names_in(source: str) -> list[str]:
+    """All names that stand there, those of default values too."""
+    return list(dict.fromkeys(node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)))
+
+
+def _require_no_result(source: str) -> None:
+    """The interpreter drops what a kernel returns without a word, and the compiler fails without a reason."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Return) and node.value is not None:
+            line = source.splitlines()[node.lineno - 1].strip()
+            reason = "A kernel returns nothing: it stores what it computed, by `tl.store`, where a pointer shows."
+            raise KernelError(f"line {node.lineno}: `{line}`\n{reason}")
 
 
 # --- The process ----------------------------------------------------------------------------------------------------

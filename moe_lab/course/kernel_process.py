@@ -18,7 +18,7 @@ import torch
 
 from moe_lab.course.bank import find
 from moe_lab.course.exercises import check
-from moe_lab.course.kernel_cells import Kernel
+from moe_lab.course.kernel_cells import Kernel, KernelError
 from moe_lab.course.sandbox import Sandbox, line_in
 
 
@@ -98,6 +98,8 @@ def _told(error: Exception, names: dict, folder: Path) -> str:
     """An error in a few lines, with the learner's own line first."""
     while type(error).__name__ == "InterpreterError" and error.__cause__:
         error = error.__cause__
+    if isinstance(error, KernelError):
+        return str(error)
     if type(error).__name__ == "CompilationError":
         return _told_by_the_compiler(error, folder)
     where = line_in(names, traceback=error.__traceback__)

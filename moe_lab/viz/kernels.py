@@ -291,7 +291,7 @@ def draw_tile_order(n_rows: int, n_columns: int, band: int, at_once: int | None 
             axes.set(xlim=(-0.1, n_columns), ylim=(n_rows, -0.1), aspect="equal")
             axes.set_xticks([])
             axes.set_yticks([])
-            axes.set_xlabel("tiles of columns: matrices")
+            axes.set_xlabel("tiles of columns: an expert's matrix")
             axes.set_ylabel("tiles of rows")
             told.append(f"{name}: {len(rows)} tiles of rows and {len(columns)} of columns")
             axes.set_title(f"{name}: {len(rows)} + {len(columns)} tiles are read", fontsize=11)

@@ -89,7 +89,7 @@ def in_cells(*cells: str) -> dict:
     return names
 
 
-IMPORTS = "from moe_lab.course.kernel_cells import tl, triton\nFACTOR = tl.constexpr(3)\nUNUSED = object()"
+IMPORTS = "from moe_lab.course.kernel_cells import tl, triton\nFACTOR = tl.constexpr(3)\nSIZE = 8\nUNUSED = object()"
 HELPER = "# a helper\n\n@triton.jit\ndef times(x):\n    return FACTOR * x"
 CALLER = """\
 def decorated(kernel):
@@ -98,7 +98,7 @@ def decorated(kernel):
 @decorated
 @triton.jit
 def scaled(x, y, n,
-           BLOCK: tl.constexpr):
+           BLOCK: tl.constexpr = SIZE):
     i = tl.arange(0, BLOCK)
     tl.store(y + i, times(tl.load(x + i, mask=i < n)), mask=i < n)
 """
@@ -108,9 +108,9 @@ def scaled(x, y, n,
 def test_a_kernel_of_the_notebook_brings_along_what_it_uses():
     kernel = Kernel.of(in_cells(IMPORTS, HELPER, CALLER)["scaled"])
     assert list(kernel.sources) == ["times", "scaled"]
-    assert kernel.constants == {"FACTOR": 3}
+    assert kernel.constants == {"FACTOR": 3, "SIZE": 8}
     x, y = tensors(5)
-    kernel.interpret((1,), x, y, 5, BLOCK=8)
+    kernel.interpret((1,), x, y, 5)
     assert y.tolist() == [0, 3, 6, 9, 12]
 
 
@@ -125,7 +125,7 @@ def test_a_kernel_that_passed_before_is_found_by_the_next():
     exec(compile(source, "<later>", "exec"), names)
     kernel = Kernel.of(names["scaled"])
     assert list(kernel.sources) == ["times", "scaled"]
-    assert kernel.constants == {"FACTOR": 3}
+    assert kernel.constants == {"FACTOR": 3, "SIZE": 8}
 
 
 # --- runs ---------------------------------------------------------------------------------------------------------
@@ -168,8 +168,9 @@ def test_without_a_gpu_there_is_nothing_to_time(kernel):
         (("tl.load(x + i", "tl.load(x + j"), "line 18: `a = tl.load(x + j, mask=i < n)`", "j"),
         (("2 * x", "tl.dott(x)"), "line 9: `return tl.dott(x)`", "dott"),
         (("twice(a), mask=i < n)", "twice(a), mask=i < n"), "line 19: `tl.store", "never closed"),
+        (("tl.store(y + i, twice(a), mask=i < n)", "return twice(a)"), "line 19: `return twice(a)`", "returns nothing"),
     ],
-    ids=["unknown name", "in a helper", "syntax"],
+    ids=["unknown name", "in a helper", "syntax", "a result"],
 )
 def test_an_error_names_the_learners_line(kernel, way, change, line, reason):
     run = kernel.changed(change)

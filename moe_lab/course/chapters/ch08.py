@@ -1,7 +1,8 @@
 """The exercises of notebook 08: a first kernel, a tile, the plan of ragged tiles, the grouped product, its gradient.
 
 Kernels are checked in Triton's interpreter, with their tensors watched: what lies outside of one is NaN to a kernel,
-and every store is counted. A laptop's interpreter would forgive what a GPU does not.
+and so is what a mask leaves open; every store is counted, and how fp32 is multiplied is noted. A laptop's interpreter
+would forgive what a GPU does not.
 """
 
 from collections.abc import Callable, Iterator
@@ -56,6 +57,7 @@ class _Watch:
             self.own[name], self.base[name] = own.numpy(), tensor.untyped_storage().data_ptr()
         self.stores = np.zeros(len(self.own[target]), dtype=np.int64)
         self.read_outside: set[str] = set()
+        self.rounds = False  # whether fp32 is multiplied as TF32
         self.stored_outside: set[int] = set()
 
     def _places(self, name: str, pointers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -86,7 +88,7 @@ class _Watch:
         return mask & inside
 
     def report(self) -> dict[str, Any]:
-        """What an answer is judged by; the result last, for the other two explain it."""
+        """What an answer is judged by; the result last, for the others explain it."""
         times = self.stores[self.own[self.target]]
         faults = {
             f"{len(self.stored_outside)} outside of {self.target}": bool(self.stored_outside),
@@ -100,36 +102,52 @@ class _Watch:
         return {
             "what it stores": ", ".join(fault for fault, is_so in faults.items() if is_so) or "every place once",
             "what it reads": f"places outside of {', '.join(outside)}" if outside else "only its tensors",
+            "how it multiplies": "fp32 rounded to TF32" if self.rounds else "exactly",
             self.target: torch.where(once, result, UNTOUCHED),
         }
 
 
 @contextmanager
 def _watched(tensors: dict[str, Tensor], target: str) -> Iterator[_Watch]:
-    """Inside, what the interpreter loads and stores goes past a watch; loads from elsewhere give NaN, or 0."""
+    """Inside, what the interpreter loads, stores and multiplies goes past a watch.
+
+    Loads from elsewhere give NaN, and so do places that are masked without `other`; in whole numbers they give 0 (the
+    interpreter does not tell `other=0` of a single number from none).
+    """
+    from triton._C.libtriton import ir
     from triton.runtime.interpreter import interpreter_builder as builder
 
     watch = _Watch(tensors, target)
-    load, store = builder.create_masked_load, builder.create_masked_store
+    load, store, dot = builder.create_masked_load, builder.create_masked_store, builder.create_dot
 
     def watched_load(pointers: Any, mask: Any, other: Any, *more: Any) -> Any:
         wanted = mask.data.astype(bool)
         inside = watch.read(pointers.data, wanted)
-        strays = wanted & ~inside
         loaded = load(pointers, type(mask)(inside, mask.dtype), other, *more)
-        if strays.any() and np.issubdtype(loaded.data.dtype, np.floating):
-            loaded.data = np.where(strays, np.nan, loaded.data).astype(loaded.data.dtype)
+        unknown = wanted & ~inside if other is not None else ~inside  # without `other` what is masked may be anything
+        if unknown.any() and np.issubdtype(loaded.data.dtype, np.floating):
+            loaded.data = np.where(unknown, np.nan, loaded.data).astype(loaded.data.dtype)
         return loaded
 
     def watched_store(pointers: Any, value: Any, mask: Any, *more: Any) -> Any:
         inside = watch.store(pointers.data, mask.data.astype(bool))
         return store(pointers, value, type(mask)(inside, mask.dtype), *more)
 
-    builder.create_masked_load, builder.create_masked_store = watched_load, watched_store
+    def watched_dot(a: Any, b: Any, total: Any, precision: Any, *more: Any) -> Any:
+        watch.rounds |= precision != ir.INPUT_PRECISION.IEEE and a.data.dtype == np.float32
+        return dot(a, b, total, precision, *more)
+
+    watched = {
+        "create_masked_load": watched_load,
+        "create_masked_store": watched_store,
+        "create_dot": watched_dot,
+    }
+    vars(builder).update(watched)
     try:
         yield watch
     finally:
-        del builder.create_masked_load, builder.create_masked_store
+        for name in watched:
+            delattr(builder, name)
 
 
 def _result(*shape: int) -> Tensor:
@@ -222,6 +240,18 @@ SCALE = Exercise(
             "ends: how many numbers come before it?",
         ),
         Mistake(
+            name="x[i] in place of a load",
+            wrong=_SCALE.changed(("tl.load(x + i, mask=inside)", "x[i]")),
+            says="In a kernel x is not a tensor but a pointer, the place of its first number, and cannot be indexed. "
+            "`x + i` are the places of a block of numbers, and `tl.load` fetches what lies there.",
+        ),
+        Mistake(
+            name="y[i] in place of a store",
+            wrong=_SCALE.changed(("tl.store(y + i, factor * numbers, mask=inside)", "y[i] = factor * numbers")),
+            says="In a kernel y is not a tensor but a pointer, and nothing can be assigned to `y[i]`. `tl.store` "
+            "writes numbers to the places `y + i`.",
+        ),
+        Mistake(
             name="the factor is forgotten",
             wrong=_SCALE.changed(("factor * numbers", "numbers")),
             says="The numbers are copied, not multiplied.",
@@ -246,22 +276,31 @@ def tile_product_plain(grid: tuple[int, ...], x: Tensor, w: Tensor, y: Tensor, *
 def _tile_cases() -> list[Case]:
     shown = "x ({}, {}), w ({}, {}), random; blocks of 16, {} x {} programs"
     cases = []
-    for seed, (name, m, n, k) in enumerate(
+    for seed, (name, m, n, k, turned) in enumerate(
         (
-            ("one tile, K fills no block", 5, 7, 9),
-            ("K fills two blocks and a half", 6, 4, 40),
-            ("3 tiles of rows, 2 of columns", 35, 23, 16),
+            ("one tile, K fills no block", 5, 7, 9, False),
+            ("K fills two blocks and a half, w lies transposed", 6, 4, 40, True),
+            ("3 tiles of rows, 2 of columns", 35, 23, 16, False),
         )
     ):
-        show = shown.format(m, k, n, k, _ceil(m, BLOCK), _ceil(n, BLOCK))
-        cases.append(Case(name=name, args=(_rand(m, k, seed=10 + seed), _rand(n, k, seed=20 + seed)), show=show))
+        show = shown.format(m, k, n, k, _ceil(m, BLOCK), _ceil(n, BLOCK)) + TURNED * turned
+        x, w = _rand(m, k, seed=10 + seed), _rand(n, k, seed=20 + seed)
+        cases.append(Case(name=name, args=(x, w, turned), show=show))
     return cases
 
 
+TURNED = "\nw lies transposed in memory: stride_wn is 1, and stride_wk is not"
+
+
+def _turned(w: Tensor, margin: int = 2 * BLOCK) -> Tensor:
+    """Both strides of w are told, so both ways have to work."""
+    return _with_margins(w.mT.contiguous(), margin).mT
+
+
 def _run_tile_product(kernel: Any, case: Case) -> dict:
-    x, w = map(_with_margins, case.args)
+    x, w, turned = case.args
+    x, w = _with_margins(x), _turned(w) if turned else _with_margins(w)
     (m, k), n = x.shape, len(w)
-    w = _with_margins(w.T.contiguous()).T if k > 2 * BLOCK else w  # both strides are told, so both ways have to work
     y = _result(m, n)
     grid = (_ceil(m, BLOCK), _ceil(n, BLOCK))
     with _watched({"x": x, "w": w, "y": y}, target="y") as watch:
@@ -290,6 +329,18 @@ def _of_the_sum(right: Kernel) -> tuple[Mistake, ...]:
             "of the block, as most real sizes are, nobody would notice.",
         ),
         Mistake(
+            name="the sum is added to itself",
+            wrong=right.changed(("total = tl.dot", "total += tl.dot")),
+            says="`tl.dot(a, b, total)` adds to `total` already. With `+=` the sum so far comes in once more at every "
+            "step: nothing with one block of K, too much with two. Take `=`, or leave `total` out of the brackets.",
+        ),
+        Mistake(
+            name="k stands still",
+            wrong=right.changed(("k = done + tl.arange", "k = tl.arange")),
+            says="Every step of the loop takes the first block of K, pointers and mask alike. With one block nobody "
+            "notices; with more, k begins at `done`.",
+        ),
+        Mistake(
             name="the first block of K again and again",
             wrong=right.changed(("k[None, :]\n        w_at", "(k - done)[None, :]\n        w_at")).changed(
                 ("k[:, None] * stride_wk", "(k - done)[:, None] * stride_wk")
@@ -314,6 +365,54 @@ def _of_the_sum(right: Kernel) -> tuple[Mistake, ...]:
             wrong=right.changed((_LOAD_B, "mask=in_n, other=0.0")),
             says="Past K, x gives 0 and w whatever lies behind its rows. 0 times that is 0, unless it happens to be "
             "infinite or NaN: then one product spoils the whole sum. Mask both.",
+        ),
+        Mistake(
+            name="masked numbers that may be anything",
+            wrong=right.changed(
+                (_LOAD_A, _LOAD_A.removesuffix(", other=0.0")), (_LOAD_B, _LOAD_B.removesuffix(", other=0.0"))
+            ),
+            says="The masks are right, but without `other` what is masked may be any number, and past K it is "
+            "multiplied and added in. On most machines it happens to be 0, so tests pass. Say `other=0.0`, for x and "
+            "for w.",
+        ),
+        Mistake(
+            name="fp32 rounded before it is multiplied",
+            wrong=right.changed((', input_precision="ieee"', "")),
+            says="All numbers are right here, and coarser on a GPU: unless told otherwise, `tl.dot` rounds fp32 "
+            'to TF32, with 10 bits after the point, so that tensor cores can take it. `input_precision="ieee"` forbids '
+            "it; to bf16 it makes no difference.",
+        ),
+        Mistake(
+            name="“and” between masks",
+            wrong=right.changed(
+                ("in_m & in_k", "in_m and in_k"), ("in_n & in_k", "in_n and in_k"), ("in_m & in_n", "in_m and in_n")
+            ),
+            says="`and` does not go through a tile place by place: it gives the second mask, and the first is "
+            "forgotten. `&` makes one mask of two.",
+        ),
+        Mistake(
+            name="masks of one dimension",
+            wrong=right.changed(("[:, None], (n < N)[None, :]", ", n < N")).changed(
+                ("in_m & in_k[None, :]", "in_m & in_k"), ("in_n & in_k[:, None]", "in_n & in_k")
+            ),
+            says="The masks have one dimension each, so `&` pairs place 0 with place 0, 1 with 1, and the result "
+            "counts along the columns of every tile. A tile's mask has two dimensions: one mask down, `[:, None]`, "
+            "and one across, `[None, :]`.",
+        ),
+        Mistake(
+            name="w is not transposed",
+            wrong=right.changed(
+                ("n[None, :] * stride_wn + k[:, None] * stride_wk", "n[:, None] * stride_wn + k[None, :] * stride_wk"),
+                ("mask=in_n & in_k[:, None]", "mask=(n < N)[:, None] & in_k[None, :]"),
+            ),
+            says="b is loaded with n down and k across, as w lies there; so the product is with w, not with w.T. As "
+            "blocks are square here, the shapes fit all the same. For `tl.dot(a, b)` b has k down.",
+        ),
+        Mistake(
+            name="a step of 1 along k in w",
+            wrong=right.changed(("k[:, None] * stride_wk", "k[:, None]")),
+            says="From one k to the next you go on by 1 in w. That holds where w lies row by row, not where it is "
+            "transposed, as for a gradient: there `stride_wk` tells the step.",
         ),
         Mistake(
             name="the two strides of w exchanged",
@@ -369,7 +468,8 @@ TILE_PRODUCT = Exercise(
         Mistake(
             name="rows past M are stored",
             wrong=_TILE.changed(("total, mask=in_m & in_n)", "total, mask=in_n)")),
-            says="The last tile of rows sticks out over M, and stores there. The store needs both masks.",
+            says="The last tile of rows sticks out over M, and stores there. The store needs both masks, "
+            "joined by `&` (`and` keeps the second alone).",
         ),
         Mistake(
             name="x is read past its last row",
@@ -545,7 +645,7 @@ def grouped_product_plain(
 
 
 def _grouped_cases() -> list[Case]:
-    shown = "offsets = {}, x ({}, {}), w ({}, {}, {}), random; blocks of 16\ntiles = {}"
+    shown = "offsets = {}, x ({}, {}), w ({}, {}, {}), random; blocks of 16{}\ntiles = {}"
     cases = []
     for seed, (name, ends, n, k) in enumerate(
         (
@@ -558,14 +658,15 @@ def _grouped_cases() -> list[Case]:
         x, w = _rand(ends[-1], k, seed=30 + seed), _rand(len(ends), n, k, seed=40 + seed)
         n_tiles = course_tiles.most_tiles(ends[-1], len(ends), BLOCK)  # in the first case all of them are used
         tiles = _plan_reference(offsets, n_tiles, BLOCK)
-        show = shown.format(ends, *x.shape, *w.shape, tiles.tolist())
-        cases.append(Case(name=name, args=(x, w, tiles), show=show))
+        turned = k > BLOCK
+        show = shown.format(ends, *x.shape, *w.shape, TURNED * turned, tiles.tolist())
+        cases.append(Case(name=name, args=(x, w, tiles, turned), show=show))
     return cases
 
 
 def _run_grouped(kernel: Any, case: Case) -> dict:
-    x, w, tiles = case.args
-    x, w = _with_margins(x), _with_margins(w, margin=2)
+    x, w, tiles, turned = case.args
+    x, w = _with_margins(x), (_turned if turned else _with_margins)(w, margin=2)
     _, n, k = w.shape
     y = _result(len(x), n)
     n_tiles = tiles.shape[1]
@@ -614,6 +715,12 @@ GROUPED_PRODUCT = Exercise(
             wrong=_GROUPED.changed(("row = (first + place)", "row = (tile * BLOCK_M + place)")),
             says="A tile's rows are taken at tile · BLOCK_M, as in 8.2. Here tiles before it may be ragged, so the "
             "plan tells the first row.",
+        ),
+        Mistake(
+            name="a row of all compared with the tile's count",
+            wrong=_GROUPED.changed(("(place < count)", "(row < count)")),
+            says="`count` is how many rows the tile has; `row` counts all rows. From the second group on the mask is "
+            "False where it should not be. Compare places within the tile, or rows with `first + count`.",
         ),
         Mistake(
             name="every tile begins at row 0",
@@ -739,6 +846,27 @@ WEIGHT_GRADIENT = Exercise(
             wrong=_GRADIENT.changed(("tl.load(offsets + e - 1, mask=e > 0, other=0)", "tl.load(offsets + e - 1)")),
             says="Expert 0 asks for `offsets[-1]`, which in a kernel is not the last one but what lies before the "
             "first. Mask it: `mask=e > 0, other=0`.",
+        ),
+        Mistake(
+            name="masked numbers that may be anything",
+            wrong=_GRADIENT.changed(
+                ("mask=is_mine & in_n[None, :], other=0.0", "mask=is_mine & in_n[None, :]"),
+                ("mask=is_mine & in_k[None, :], other=0.0", "mask=is_mine & in_k[None, :]"),
+            ),
+            says="The masks are right, but without `other` what is masked may be any number, and rows past the group's "
+            "end are multiplied and added in. Say `other=0.0`, for dy and for x.",
+        ),
+        Mistake(
+            name="fp32 rounded before it is multiplied",
+            wrong=_GRADIENT.changed((', input_precision="ieee"', "")),
+            says="All numbers are right here, and coarser on a GPU: unless told otherwise, `tl.dot` rounds fp32 "
+            'to TF32, with 10 bits after the point. `input_precision="ieee"` forbids it.',
+        ),
+        Mistake(
+            name="the sum is added to itself",
+            wrong=_GRADIENT.changed(("total = tl.dot", "total += tl.dot")),
+            says="`tl.dot(a.T, b, total)` adds to `total` already; with `+=` the sum so far comes in once more at "
+            "every step. Take `=`, or leave `total` out of the brackets.",
         ),
         Mistake(
             name="the last rows are left out",

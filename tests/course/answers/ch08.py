@@ -73,6 +73,14 @@ SCALE = {
         ONE.changed(("tl.store(y +", "tl.store(x +")),
         TWO.changed(("tl.store(target", "tl.store(source")),
     ],
+    "x[i] in place of a load": [
+        ONE.changed(("tl.load(x + begin + place, mask=place < rest, other=0.0)", "x[begin + place]")),
+        TWO.changed(("tl.load(source, valid)", "x[numbers]")),
+    ],
+    "y[i] in place of a store": [
+        ONE.changed(("tl.store(y + begin + place, a * factor, mask=rest > place)", "y[begin + place] = a * factor")),
+        TWO.changed(("tl.store(target, values, valid)", "y[numbers] = values")),
+    ],
 }
 
 # --- 8.2 ------------------------------------------------------------------------------------------------------------
@@ -93,7 +101,7 @@ def tile_by_pointers(
     for _ in range(tl.cdiv(K, BLOCK_K)):
         left = tl.load(x_at, mask=(rows < M) & (depth[None, :] < rest), other=0)
         right = tl.load(w_at, mask=(columns < N) & (depth[:, None] < rest), other=0)
-        acc += tl.dot(left, right)
+        acc += tl.dot(left, right, input_precision="ieee")
         rest -= BLOCK_K
         x_at += BLOCK_K
         w_at += BLOCK_K * stride_wk
@@ -115,7 +123,7 @@ def tile_clamped(
         k = done + tl.arange(0, BLOCK_K)[None, :]
         a = tl.load(x_row + k, mask=k < K, other=0.0)
         b = tl.load(w_row + k * stride_wk, mask=k < K, other=0.0)
-        total = tl.dot(a, b.T, acc=total)
+        total = tl.dot(a, b.T, acc=total, input_precision="ieee")
         done += BLOCK_K
     y += m[:, None] * stride_y
     is_row, is_column = m[:, None] < M, n[None, :] < N
@@ -134,11 +142,13 @@ def tile_transposed(
         k = block * BLOCK_K + tl.arange(0, BLOCK_K)
         a = tl.load(w + n * stride_wn + k[None, :] * stride_wk, mask=(n < N) & (k < K)[None, :], other=0.0)
         b = tl.load(x + m * stride_x + k[:, None], mask=(m < M) & (k < K)[:, None], other=0.0)
-        turned += tl.dot(a, b)
+        turned += tl.dot(a, b, input_precision="ieee")
     tl.store(y + m * stride_y + n, turned, mask=(m < M) & (n < N))
 
 
 ONE, TWO = Kernel.of(tile_by_pointers), Kernel.of(tile_clamped)
+IS_ROW = "tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M) < M"
+IS_COLUMN = "tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N) < N"
 TILE = {
     "the store has no mask": [
         ONE.changed(("acc, mask=(rows < M) & (columns < N))", "acc)")),
@@ -212,6 +222,84 @@ TILE = {
     "w is read past its last row": [
         ONE.changed(("mask=(columns < N) & (depth[:, None] < rest)", "mask=depth[:, None] < rest")),
         TWO.changed(("(n % N)[:, None]", "n[:, None]")),
+    ],
+    "the sum is added to itself": [
+        ONE.changed(("tl.dot(left, right", "tl.dot(left, right, acc")),
+        TWO.changed(("total = tl.dot", "total += tl.dot")),
+    ],
+    "k stands still": [
+        ONE.changed(("        rest -= BLOCK_K\n        x_at += BLOCK_K\n        w_at += BLOCK_K * stride_wk\n", "")),
+        TWO.changed(("k = done + tl.arange", "k = tl.arange")),
+    ],
+    "masked numbers that may be anything": [
+        ONE.changed(
+            ("(rows < M) & (depth[None, :] < rest), other=0", "(rows < M) & (depth[None, :] < rest)"),
+            (" & (depth[:, None] < rest), other=0", " & (depth[:, None] < rest)"),
+        ),
+        TWO.changed(
+            ("x_row + k, mask=k < K, other=0.0", "x_row + k, mask=k < K"),
+            ("stride_wk, mask=k < K, other=0.0", "stride_wk, mask=k < K"),
+        ),
+    ],
+    "fp32 rounded before it is multiplied": [
+        ONE.changed((', input_precision="ieee"', "")),
+        TWO.changed((', input_precision="ieee"', ', input_precision="tf32"')),
+    ],
+    "“and” between masks": [
+        ONE.changed(
+            ("(rows < M) & (depth[None, :] < rest)", "(rows < M) and (depth[None, :] < rest)"),
+            ("(columns < N) & (depth", "(columns < N) and (depth"),
+            ("(rows < M) & (columns < N)", "(rows < M) and (columns < N)"),
+        ),
+        Kernel.of(tile_transposed).changed(
+            ("(n < N) & (k < K)[None, :]", "(n < N) and (k < K)[None, :]"),
+            ("(m < M) & (k < K)[:, None]", "(m < M) and (k < K)[:, None]"),
+            ("(m < M) & (n < N)", "(m < M) and (n < N)"),
+        ),
+    ],
+    "masks of one dimension": [
+        ONE.changed(
+            (
+                "    rest = K\n",
+                f"    rest = K\n    is_row = {IS_ROW}\n    is_column = {IS_COLUMN}\n",
+            ),
+            ("(rows < M) & (depth[None, :] < rest)", "is_row & (depth < rest)"),
+            ("(columns < N) & (depth[:, None] < rest)", "is_column & (depth < rest)"),
+            ("(rows < M) & (columns < N)", "is_row & is_column"),
+        ),
+        ONE.changed(
+            (
+                "(rows < M) & (depth[None, :] < rest)",
+                f"(rest > depth) & ({IS_ROW})",
+            ),
+            (
+                "(columns < N) & (depth[:, None] < rest)",
+                f"(rest > depth) & ({IS_COLUMN})",
+            ),
+            (
+                "(rows < M) & (columns < N)",
+                f"({IS_COLUMN}) & ({IS_ROW})",
+            ),
+        ),
+    ],
+    "w is not transposed": [
+        ONE.changed(
+            (
+                "columns * stride_wn + depth[:, None] * stride_wk",
+                "tl.trans(columns) * stride_wn + depth[None, :] * stride_wk",
+            ),
+            ("mask=(columns < N) & (depth[:, None] < rest)", "mask=(tl.trans(columns) < N) & (depth[None, :] < rest)"),
+        ),
+        Kernel.of(tile_transposed).changed(
+            ("n * stride_wn + k[None, :] * stride_wk", "n.T * stride_wn + k[:, None] * stride_wk"),
+            ("(n < N) & (k < K)[None, :]", "(n.T < N) & (k < K)[:, None]"),
+        ),
+    ],
+    "a step of 1 along k in w": [
+        ONE.changed(
+            ("depth[:, None] * stride_wk", "depth[:, None]"), ("w_at += BLOCK_K * stride_wk", "w_at += BLOCK_K")
+        ),
+        TWO.changed(("w_row + k * stride_wk", "w_row + k")),
     ],
 }
 
@@ -359,7 +447,7 @@ def grouped_by_pointers(
     for _ in range(tl.cdiv(K, BLOCK_K)):
         left = tl.load(x_at, mask=(inner < height) & (depth[None, :] < rest), other=0)
         right = tl.load(w_at, mask=(columns < N) & (depth[:, None] < rest), other=0)
-        acc += tl.dot(left, right)
+        acc += tl.dot(left, right, input_precision="ieee")
         rest -= BLOCK_K
         x_at += BLOCK_K
         w_at += BLOCK_K * stride_wk
@@ -384,7 +472,7 @@ def grouped_clamped(
             k = done + tl.arange(0, BLOCK_K)[None, :]
             a = tl.load(x_row + k, mask=k < K, other=0.0)
             b = tl.load(w_row + k * stride_wk, mask=k < K, other=0.0)
-            total = tl.dot(a, b.T, acc=total)
+            total = tl.dot(a, b.T, acc=total, input_precision="ieee")
             done += BLOCK_K
         is_row, is_column = m[:, None] < count, n[None, :] < N
         tl.store(y + (first + m)[:, None] * stride_y + n[None, :], total, mask=is_row & is_column)
@@ -409,12 +497,13 @@ def grouped_transposed(
         k = block * BLOCK_K + tl.arange(0, BLOCK_K)
         a = tl.load(w + n * stride_wn + k[None, :] * stride_wk, mask=(n < N) & (k < K)[None, :], other=0.0)
         b = tl.load(x + m * stride_x + k[:, None], mask=(m < end) & (k < K)[:, None], other=0.0)
-        turned += tl.dot(a, b)
+        turned += tl.dot(a, b, input_precision="ieee")
     tl.store(y + m * stride_y + n, turned, mask=(m < end) & (n < N))
 
 
 ONE, TWO = Kernel.of(grouped_by_pointers), Kernel.of(grouped_clamped)
 X_ROWS = "first + tl.minimum(m, count - 1)"
+IS_ROW, IS_COLUMN = "tl.arange(0, BLOCK_M) < height", "column * BLOCK_N + tl.arange(0, BLOCK_N) < N"
 GROUPED = {
     "the ragged edge is not masked": [
         ONE.changed(("acc, mask=(inner < height) & (columns < N))", "acc, mask=columns < N)")),
@@ -536,6 +625,88 @@ GROUPED = {
         ONE.changed(("mask=(columns < N) & (depth[:, None] < rest)", "mask=depth[:, None] < rest")),
         TWO.changed(("(n % N)[:, None]", "n[:, None]")),
     ],
+    "a row of all compared with the tile's count": [
+        ONE.changed(
+            ("(inner < height) & (depth", "(rows < height) & (depth"),
+            ("(inner < height) & (columns", "(rows < height) & (columns"),
+        ),
+        TWO.changed(("is_row, is_column = m[:, None] < count", "is_row, is_column = (first + m)[:, None] < count")),
+    ],
+    "the sum is added to itself": [
+        ONE.changed(("tl.dot(left, right", "tl.dot(left, right, acc")),
+        TWO.changed(("total = tl.dot", "total += tl.dot")),
+    ],
+    "k stands still": [
+        ONE.changed(("        rest -= BLOCK_K\n        x_at += BLOCK_K\n        w_at += BLOCK_K * stride_wk\n", "")),
+        TWO.changed(("k = done + tl.arange", "k = tl.arange")),
+    ],
+    "masked numbers that may be anything": [
+        ONE.changed(
+            ("(inner < height) & (depth[None, :] < rest), other=0", "(inner < height) & (depth[None, :] < rest)"),
+            (" & (depth[:, None] < rest), other=0", " & (depth[:, None] < rest)"),
+        ),
+        TWO.changed(
+            ("x_row + k, mask=k < K, other=0.0", "x_row + k, mask=k < K"),
+            ("stride_wk, mask=k < K, other=0.0", "stride_wk, mask=k < K"),
+        ),
+    ],
+    "fp32 rounded before it is multiplied": [
+        ONE.changed((', input_precision="ieee"', "")),
+        TWO.changed((', input_precision="ieee"', ', input_precision="tf32"')),
+    ],
+    "“and” between masks": [
+        ONE.changed(
+            ("(inner < height) & (depth[None, :] < rest)", "(inner < height) and (depth[None, :] < rest)"),
+            ("(columns < N) & (depth", "(columns < N) and (depth"),
+            ("(inner < height) & (columns < N)", "(inner < height) and (columns < N)"),
+        ),
+        Kernel.of(grouped_transposed).changed(
+            ("(n < N) & (k < K)[None, :]", "(n < N) and (k < K)[None, :]"),
+            ("(m < end) & (k < K)[:, None]", "(m < end) and (k < K)[:, None]"),
+            ("(m < end) & (n < N)", "(m < end) and (n < N)"),
+        ),
+    ],
+    "masks of one dimension": [
+        ONE.changed(
+            (
+                "    rest = K\n",
+                f"    rest = K\n    is_row = {IS_ROW}\n    is_column = {IS_COLUMN}\n",
+            ),
+            ("(inner < height) & (depth[None, :] < rest)", "is_row & (depth < rest)"),
+            ("(columns < N) & (depth[:, None] < rest)", "is_column & (depth < rest)"),
+            ("(inner < height) & (columns < N)", "is_row & is_column"),
+        ),
+        ONE.changed(
+            ("(inner < height) & (depth[None, :] < rest)", f"(rest > depth) & ({IS_ROW})"),
+            (
+                "(columns < N) & (depth[:, None] < rest)",
+                f"(rest > depth) & ({IS_COLUMN})",
+            ),
+            (
+                "(inner < height) & (columns < N)",
+                f"({IS_COLUMN}) & ({IS_ROW})",
+            ),
+        ),
+    ],
+    "w is not transposed": [
+        ONE.changed(
+            (
+                "columns * stride_wn + depth[:, None] * stride_wk",
+                "tl.trans(columns) * stride_wn + depth[None, :] * stride_wk",
+            ),
+            ("mask=(columns < N) & (depth[:, None] < rest)", "mask=(tl.trans(columns) < N) & (depth[None, :] < rest)"),
+        ),
+        Kernel.of(grouped_transposed).changed(
+            ("n * stride_wn + k[None, :] * stride_wk", "n.T * stride_wn + k[:, None] * stride_wk"),
+            ("(n < N) & (k < K)[None, :]", "(n.T < N) & (k < K)[:, None]"),
+        ),
+    ],
+    "a step of 1 along k in w": [
+        ONE.changed(
+            ("depth[:, None] * stride_wk", "depth[:, None]"), ("w_at += BLOCK_K * stride_wk", "w_at += BLOCK_K")
+        ),
+        TWO.changed(("w_row + k * stride_wk", "w_row + k")),
+    ],
 }
 
 # --- 8.5 ------------------------------------------------------------------------------------------------------------
@@ -558,7 +729,7 @@ def gradient_by_blocks(
         rows = begin + block * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
         left = tl.load(dy + rows * stride_dy + outs, mask=(rows < end) & (outs < N), other=0)
         right = tl.load(x + rows * stride_x + ins, mask=(rows < end) & (ins < K), other=0)
-        acc += tl.dot(tl.trans(left), right)
+        acc += tl.dot(tl.trans(left), right, input_precision="ieee")
     target = dw + expert * N * K + tl.trans(outs) * K + ins
     tl.store(target, acc, mask=(tl.trans(outs) < N) & (ins < K))
 
@@ -580,7 +751,7 @@ def gradient_transposed_loads(
         rest = end - row
         a = tl.load(dy + n + (row + r)[None, :] * stride_dy, mask=(n < N) & (r < rest)[None, :], other=0.0)
         b = tl.load(x + k + (row + r)[:, None] * stride_x, mask=(k < K) & (r < rest)[:, None], other=0.0)
-        total = tl.dot(a, b, acc=total)
+        total = tl.dot(a, b, acc=total, input_precision="ieee")
         row += BLOCK_R
     tl.store(dw + (e * N + n) * K + k, total, mask=(n < N) & (k < K))
 
@@ -600,7 +771,7 @@ def gradient_turned(
         row = first + tl.arange(0, BLOCK_R)
         a = tl.load(x + row[None, :] * stride_x + k[:, None], mask=(row < end)[None, :] & (k < K)[:, None], other=0.0)
         b = tl.load(dy + row[:, None] * stride_dy + n[None, :], mask=(row < end)[:, None] & (n < N)[None, :], other=0.0)
-        turned += tl.dot(a, b)
+        turned += tl.dot(a, b, input_precision="ieee")
     tl.store(dw + e * N * K + n[None, :] * K + k[:, None], turned, mask=(n < N)[None, :] & (k < K)[:, None])
 
 
@@ -639,6 +810,24 @@ GRADIENT = {
     "read before the first offset": [
         ONE.changed((BEGIN, "    begin = tl.load(offsets + expert - 1)\n")),
         TWO.changed(("tl.load(offsets + tl.maximum(e - 1, 0)) * (e > 0)", "tl.load(offsets - 1 + e)")),
+    ],
+    "masked numbers that may be anything": [
+        ONE.changed(
+            ("& (outs < N), other=0", "& (outs < N)"),
+            ("& (ins < K), other=0", "& (ins < K)"),
+        ),
+        TWO.changed(
+            ("(r < rest)[None, :], other=0.0", "(r < rest)[None, :]"),
+            ("(r < rest)[:, None], other=0.0", "(r < rest)[:, None]"),
+        ),
+    ],
+    "fp32 rounded before it is multiplied": [
+        ONE.changed((', input_precision="ieee"', "")),
+        TWO.changed((', input_precision="ieee"', ', input_precision="tf32"')),
+    ],
+    "the sum is added to itself": [
+        ONE.changed(("tl.dot(tl.trans(left), right", "tl.dot(tl.trans(left), right, acc")),
+        TWO.changed(("total = tl.dot", "total += tl.dot")),
     ],
     "the last rows are left out": [
         ONE.changed(("tl.cdiv(end - begin, BLOCK_R)", "(end - begin) // BLOCK_R")),
