@@ -1,7 +1,7 @@
 """Sets up MoE Lab in this folder and runs it; needs nothing but Python.
 
     python course.py lab       opens the course in JupyterLab
-    python course.py test      runs lint, the unit tests and every notebook
+    python course.py test      runs lint, all tests (also of kernels, and in a browser) and every notebook
     python course.py doctor    says what works on this machine, and what to do about the rest
 
 Any other `moe-lab` command works too. `--torch cpu` takes PyTorch's CPU build, `--torch default` whatever pip

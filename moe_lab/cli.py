@@ -12,7 +12,7 @@ COMMANDS = {
     "lab": ("moe_lab.course.lab", "open the course in JupyterLab"),
     "doctor": ("moe_lab.course.doctor", "say what works on this machine, and what to do about the rest"),
     "progress": ("moe_lab.course.progress", "show which exercises you have solved"),
-    "test": ("moe_lab.course.suite", "run lint, the unit tests and every notebook"),
+    "test": ("moe_lab.course.suite", "run lint, all tests (also of kernels, and in a browser) and every notebook"),
     "train": ("moe_lab.runs", "train a language model in a run folder of its own"),
     "bench": ("moe_lab.bench", "measure the dispatch variants side by side"),
     "gpu": ("moe_lab.gpu", "test and measure the kernels on this machine's graphics card"),

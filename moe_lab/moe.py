@@ -51,12 +51,15 @@ class MoE(nn.Module):
     def is_fused(self) -> bool:
         """Whether `moe_lab.ops.moe_mlp` computes the experts' part in one piece.
 
-        It does with impl="triton" for SwiGLU without biases, weighed at the output, without a capacity. Any other layer
-        goes step by step, its products through `grouped_mm`.
+        It does with impl="triton" for SwiGLU without biases, weighed at the output, without a capacity, as long as
+        `experts` has no hooks: they would not run, because a fused layer does not call it. Any other layer goes step by
+        step, its products through `grouped_mm`.
         """
-        config = self.config
+        config, experts = self.config, self.experts
         plain = config.expert == "swiglu" and not config.expert_bias and config.weigh == "output"
-        return plain and config.capacity_factor is None and self.experts.impl == "triton"
+        hooked = experts._forward_pre_hooks or experts._forward_hooks
+        hooked = hooked or experts._backward_pre_hooks or experts._backward_hooks
+        return plain and config.capacity_factor is None and experts.impl == "triton" and not hooked
 
     def plan(self, routing: Routing) -> DispatchPlan:
         """Where the tokens' choices go, under this layer's capacity."""

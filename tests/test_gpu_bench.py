@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,8 @@ from moe_lab.cli import main
 from moe_lab.gpu import candidates, deadline, floors, jobs, liger, measure, report, tune
 from moe_lab.gpu.candidates import DENSE, FUSED, GROUPED_MM, LIGER, LOADS, LOOP, TMA, TORCH, make_inputs
 from moe_lab.gpu.measure import LostGPU, compare, difference
-from moe_lab.ops.tiles import Tile
+from moe_lab.ops.grouped_mm import launches
+from moe_lab.ops.tiles import Tile, Tiles
 from moe_lab.paths import course_root
 
 TINY = Shape(n_tokens=24, d_model=16, d_ff=16, n_experts=8, top_k=4)
@@ -278,21 +280,28 @@ def test_tuning_takes_every_kernel_with_tiles_that_share_a_plan(fake_gpu, monkey
     monkeypatch.setattr(tune, "make_inputs", lambda s, load, *_, **__: fake_gpu.inputs(s, load, 1))
     monkeypatch.setattr(tune, "can_tma", lambda device: True)
     monkeypatch.setattr(tune, "release", lambda device: None)
-    original = tune.with_tile
-
-    def with_small_rest(kernel: str, tile: Tile) -> dict:
-        chosen = original(kernel, tile)
-        return {name: jobs.TOY_TILE if name != tune.KERNELS[kernel][0] else tile for name in chosen} | {
-            "tma": chosen["tma"]
-        }
-
-    monkeypatch.setattr(tune, "with_tile", with_small_rest)
+    monkeypatch.setattr(tune, "choose_tiles", lambda *_: Tiles(*4 * [jobs.TOY_TILE]))  # a small rest
     results = {}
     tune.main("cuda", list(tune.KERNELS), results, lambda: None, gpu.Clock(600))
     assert len(results["tuned"]) == 2 * len(tune.KERNELS)
-    launches = {record["kernel"]: len(record["ms"]) for record in results["tuned"]}
-    assert launches == {"product": 2, "product_tma": 2, "gate_up": 1, "down_backward": 1, "weight_gradient": 2}
+    found = {record["kernel"]: len(record["ms"]) for record in results["tuned"]}
+    assert found == {
+        "product": 2, "product_tma": 2, "block_tma": 2, "gate_up": 1, "down_backward": 1, "weight_gradient": 2
+    }  # fmt: skip
     assert "Tile(rows=16, columns=32" in capsys.readouterr().out
+
+
+@interpreted
+def test_a_dry_run_tunes_descriptors_as_the_block_uses_them(no_tests, tmp_path, capsys):
+    seen = []
+    with launches().observed(lambda name, args, constants: nullcontext(seen.append((name, constants)))):
+        assert main(["gpu", "--dry", "--tune", "block_tma", "--out", str(tmp_path)]) == 0
+    products = [constants for name, constants in seen if name == "grouped_product_tma"]
+    assert [(one["SCATTER"], one["TRANSPOSED"]) for one in products] == 2 * [(True, False), (True, True)]
+    assert "grouped_product" not in {name for name, _ in seen}
+    results = json.loads((tmp_path / "gpu-tune-dry.json").read_text())
+    assert [record["class"] for record in results["tuned"]] == ["few", "many"]
+    assert not every_key(results["tuned"]) & {"ms", "failed"}
 
 
 @pytest.mark.parametrize("kernel", tune.KERNELS)
@@ -302,10 +311,10 @@ def test_tiles_to_try_are_few_differ_and_share_their_rows(kernel):
     assert len(set(tiles)) == len(tiles)
     for tile in tiles:
         chosen = tune.with_tile(kernel, tile)
-        assert chosen[tune.KERNELS[kernel][0]] == tile
-        assert chosen["tma"] == (kernel == "product_tma")
+        assert getattr(chosen, tune.KERNELS[kernel][0]) == tile
+        assert chosen.tma == kernel.endswith("_tma")
         if kernel != "weight_gradient":
-            assert {chosen[name].rows for name in ("product", "gate_up", "down_backward")} == {tile.rows}
+            assert {part.rows for part in (chosen.product, chosen.gate_up, chosen.down_backward)} == {tile.rows}
 
 
 # --- Liger

@@ -5,8 +5,6 @@ offsets. Their tests are written for any device, so that without a GPU they can 
 """
 
 import contextlib
-import dataclasses
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -22,9 +20,11 @@ from torch.testing import assert_close
 
 from moe_lab.config import BalanceConfig, LMConfig, MoEConfig, TrainConfig
 from moe_lab.dispatch import sort_choices
+from moe_lab.gpu.jobs import capability
 from moe_lab.lm import LM
 from moe_lab.moe import MoE
 from moe_lab.ops import GROUPED_MM, MOE_MLP, grouped_mm, moe_mlp
+from moe_lab.ops.grouped_mm import launches
 from moe_lab.ops.tiles import choose_tiles
 from moe_lab.parallel import FORMS, ExpertParallelMoE, Store, joined
 from moe_lab.train import Trainer
@@ -186,25 +186,18 @@ def poisoned(device: str = DEVICE) -> Iterator[None]:
 
 
 @pytest.fixture
-def force(monkeypatch) -> Callable[..., None]:
+def force() -> Iterator[Callable[..., None]]:
     """`force("few", tma=False)`: kernels take the tiles of that class, and of the two products that one."""
+    with contextlib.ExitStack() as until_the_end:
 
-    def force(table: str, tma: bool) -> None:
-        if tma and DEVICE == "cuda" and torch.cuda.get_device_capability() < (9, 0):
-            pytest.skip("descriptors (TMA) need a GPU from Hopper (SM 9.0) on")
-        force_tiles(monkeypatch, table, tma)
+        def force(table: str, tma: bool) -> None:
+            chip = capability() if DEVICE == "cuda" else 0
+            if tma and 0 < chip < 90:
+                pytest.skip("descriptors (TMA) need a GPU from Hopper (SM 9.0) on")
+            tiles = choose_tiles(chip, 2, {"few": 1, "many": 2**20}[table], 1)  # rows of one group
+            until_the_end.enter_context(launches().using(tiles, tma=tma))
 
-    return force
-
-
-def force_tiles(monkeypatch: pytest.MonkeyPatch, table: str, tma: bool) -> None:
-    launches = importlib.import_module("moe_lab.ops.launches")
-    n_rows = {"few": 1, "many": 2**20}[table]  # of one group
-
-    def choose(capability: int, element_size: int, *_: int) -> object:
-        return dataclasses.replace(choose_tiles(capability, element_size, n_rows, 1), tma=tma)
-
-    monkeypatch.setattr(launches, "choose_tiles", choose)
+        yield force
 
 
 def offsets_of(counts: list[int], device: str = DEVICE) -> Tensor:
@@ -464,6 +457,15 @@ def test_the_layer_computes_what_torchs_product_does(config):
         found.append(forward_and_gradients(layer, x))
     for ours, theirs in zip(*found, strict=True):
         assert relative(ours, theirs) < 0.02  # bf16 rounds to 0.004, in several places
+
+
+def test_a_compiled_layer_computes_what_it_does_uncompiled():
+    layer, x = layer_and_input(CONFIG, torch.float32, impl="triton")
+    expected = forward_and_gradients(layer, x)
+    y = torch.compile(layer)(x)[0]
+    got = [y, *torch.autograd.grad(y, [x, *layer.parameters()], torch.ones_like(y))]
+    for ours, wanted in zip(got, expected, strict=True):
+        assert relative(ours, wanted) < 1e-4
 
 
 def test_a_layer_in_a_cuda_graph_computes_new_data_with_other_routing():

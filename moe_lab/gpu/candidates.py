@@ -1,12 +1,9 @@
 """Everybody who computes the same thing: our kernels, torch's, transformers', Liger's; on the same tensors."""
 
-import dataclasses
 import importlib
 import importlib.metadata
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +15,8 @@ from moe_lab.dispatch import combine, permute, sort_choices
 from moe_lab.experts import Experts
 from moe_lab.gpu.measure import Run, why
 from moe_lab.ops import grouped_mm, moe_mlp
+from moe_lab.ops.grouped_mm import launches
+from moe_lab.ops.tiles import choose_tiles
 from moe_lab.records import DispatchPlan
 
 LOADS = ("balanced", "zipf", "half")
@@ -98,18 +97,6 @@ def make_inputs(shape: Shape, load: str, device: str, dtype: torch.dtype, n_sets
 # --- The grouped product --------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def chosen_tiles(**changes: Any) -> Iterator[None]:
-    """Inside, kernels are started with other tiles than the table's: `tma=False`, or a `Tile` by its kernel's name."""
-    launches = importlib.import_module("moe_lab.ops.launches")
-    choose = launches.choose_tiles
-    launches.choose_tiles = lambda *args: dataclasses.replace(choose(*args), **changes)
-    try:
-        yield
-    finally:
-        launches.choose_tiles = choose
-
-
 def can_tma(device: str) -> bool:
     """Whether descriptors work here: on GPUs from Hopper on, and in the interpreter."""
     return device == "cpu" or torch.cuda.get_device_capability() >= (9, 0)
@@ -130,7 +117,7 @@ def products(inputs: Inputs, which_product: str) -> tuple[dict[str, Run | str], 
 
     def ours(tma: bool) -> Run:
         def run(i: int) -> tuple[Tensor]:
-            with chosen_tiles(tma=tma):
+            with launches().using(tma=tma):
                 return (grouped_mm(rows[i], w, offsets[i], "triton"),)
 
         return run
@@ -154,11 +141,8 @@ def products(inputs: Inputs, which_product: str) -> tuple[dict[str, Run | str], 
 
 def by_default(shape: Shape, capability: int, element_size: int = 2) -> str:
     """Which of our two paths `grouped_mm` takes for this shape."""
-    from moe_lab.ops.tiles import choose_tiles
-
-    return (
-        TMA if choose_tiles(capability, element_size, shape.n_tokens * shape.top_k, shape.n_experts).tma else PORTABLE
-    )
+    tiles = choose_tiles(capability, element_size, shape.n_tokens * shape.top_k, shape.n_experts)
+    return TMA if tiles.tma else PORTABLE
 
 
 # --- The block ------------------------------------------------------------------------------------------------------

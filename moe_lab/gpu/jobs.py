@@ -28,6 +28,7 @@ from moe_lab.gpu.candidates import (
 )
 from moe_lab.gpu.measure import Run, compare, launches_of, release, require_living_gpu, why
 from moe_lab.ops import grouped_mm
+from moe_lab.ops.grouped_mm import launches
 from moe_lab.ops.tiles import Tile, choose_tiles
 from moe_lab.paths import course_root
 
@@ -194,8 +195,6 @@ def steps(bench: Bench, shape: Shape, load: str) -> None:
 
     Operations are those of the product, not of padding.
     """
-    from moe_lab.ops import launches
-
     inputs = bench.inputs(shape, load)
     runs, (n_rows, n_in, n_out) = candidates.products(inputs, "in")
     w, offsets = inputs.w_in.detach(), inputs.plan(0).offsets
@@ -206,12 +205,8 @@ def steps(bench: Bench, shape: Shape, load: str) -> None:
 
     def with_tile(tile: Tile, band: int, tma: bool) -> Run:
         def run(_: int) -> tuple[torch.Tensor]:
-            plan = launches.RowTiles(offsets, n_rows, tile.rows)
-            before, launches.BAND = launches.BAND, band
-            try:
-                return (launches.product(rows, w, plan, tile, tma=tma),)
-            finally:
-                launches.BAND = before
+            with launches().using(product=tile, band=band, tma=tma):
+                return (grouped_mm(rows, w, offsets, "triton"),)
 
         return run
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_lab.ops.grouped_mm import launches
 from moe_lab.paths import course_root
 
 WARM_UP, FEWEST, MOST = 2, 7, 20  # rounds
@@ -178,29 +179,24 @@ def _round(runs: Mapping[str, Run], which: int) -> dict[str, tuple[float, bool]]
 
 def launches_of(run: Callable[[], Any], rounds: int = 9) -> list[tuple[str, float]]:
     """Every launch of a kernel of `moe_lab.ops` in one call: its kernel, and its median milliseconds on the device."""
-    from moe_lab.ops import launches
-
-    launch = launches._launch
     marks: list[tuple[str, Any, Any]] = []
 
-    def timed(kernel: Any, *args: Any, **kwargs: Any) -> None:
+    @contextlib.contextmanager
+    def timed(name: str, *_: Any) -> Iterator[None]:
         before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         before.record()
-        launch(kernel, *args, **kwargs)
+        yield
         after.record()
-        marks.append((kernel.fn.__name__, before, after))
+        marks.append((name, before, after))
 
-    launches._launch = timed
-    try:
-        rows = []
+    rows = []
+    with launches().observed(timed):
         for _ in range(WARM_UP + rounds):
             marks.clear()
             torch.cuda._sleep(HEAD_START)
             run()
             torch.cuda.synchronize()
             rows.append([(name, before.elapsed_time(after)) for name, before, after in marks])
-    finally:
-        launches._launch = launch
     names = [name for name, _ in rows[-1]]
     return [(name, statistics.median(row[i][1] for row in rows[WARM_UP:])) for i, name in enumerate(names)]
 

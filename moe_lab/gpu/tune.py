@@ -13,18 +13,21 @@ import torch
 from torch import Tensor
 
 from moe_lab.bench.layers import Shape
-from moe_lab.gpu.candidates import FUSED, Inputs, can_tma, chosen_tiles, fused, make_inputs, passes
+from moe_lab.gpu.candidates import FUSED, Inputs, can_tma, fused, make_inputs, passes
 from moe_lab.gpu.floors import QWEN3
 from moe_lab.gpu.jobs import toy
 from moe_lab.gpu.measure import compilation, launches_of, release, require_living_gpu, why
 from moe_lab.ops import grouped_mm
-from moe_lab.ops.tiles import Tile, choose_tiles
+from moe_lab.ops.grouped_mm import launches
+from moe_lab.ops.tiles import Tile, Tiles, choose_tiles
 
 CLASSES = {"few": QWEN3[0], "many": QWEN3[-1]}
-# A kernel's field in `Tiles`, and its name as a launch
+# A kernel's field in `Tiles`, and its name as a launch. The product by descriptors comes alone, and as in the block:
+# its results scattered, those of the forward pass times the router's weights.
 KERNELS = {
     "product": ("product", "grouped_product"),
     "product_tma": ("product", "grouped_product_tma"),
+    "block_tma": ("product", "grouped_product_tma"),
     "gate_up": ("gate_up", "gate_up"),
     "down_backward": ("down_backward", "down_backward"),
     "weight_gradient": ("weight_gradient", "weight_gradient"),
@@ -59,14 +62,14 @@ TILES = {
         (128, 256, 32, 8, 4), (128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (256, 128, 64, 8, 3), (256, 128, 64, 8, 4),
     ),
 }  # fmt: skip
+TILES["block_tma"] = TILES["product_tma"]
 
 
-def with_tile(kernel: str, tile: Tile) -> dict[str, Any]:
-    """What `chosen_tiles` takes to have this tile for a kernel, and for the others tiles that go with it."""
-    field, _ = KERNELS[kernel]
+def with_tile(kernel: str, tile: Tile) -> Tiles:
+    """This tile for a kernel, and for the others tiles that go with it."""
+    field, launched = KERNELS[kernel]
     others = choose_tiles(80, 2, 1 if tile.rows <= 64 else 65, 1)  # of 64 or of 128 rows, on any chip
-    chosen = {f.name: getattr(others, f.name) for f in dataclasses.fields(others)}
-    return chosen | {field: tile, "tma": kernel == "product_tma"}
+    return dataclasses.replace(others, **{field: tile, "tma": launched == "grouped_product_tma"})
 
 
 def timed(kernel: str, inputs: Inputs) -> Callable[[], object]:
@@ -104,11 +107,12 @@ def main(device: str, kernels: list[str], results: dict[str, Any], keep: Callabl
 
 
 def _time(kernel: str, tile: Tile, run: Callable[[], object], device: str) -> dict[str, Any]:
-    if kernel == "product_tma" and not can_tma(device):
-        return {"failed": "needs a GPU of compute capability 9.0"}
     _, launched = KERNELS[kernel]
+    tiles = with_tile(kernel, tile)
+    if tiles.tma and not can_tma(device):
+        return {"failed": "needs a GPU of compute capability 9.0"}
     try:
-        with chosen_tiles(**with_tile(kernel, tile)), compilation() as told:
+        with launches().using(tiles), compilation() as told:
             run()
             if device != "cuda":
                 return {}
@@ -127,7 +131,7 @@ def compiled(kernel: str, tile: Tile, shape: Shape = QWEN3[1], capability: int =
     from moe_lab.ops.machine_code import compile_for
 
     inputs = _on_meta(shape)
-    with compile_for(capability) as codes, chosen_tiles(**with_tile(kernel, tile)):
+    with compile_for(capability) as codes, launches().using(with_tile(kernel, tile)):
         timed(kernel, inputs)()
     return [code for code in codes if code.name == KERNELS[kernel][1]]
 

@@ -2,9 +2,15 @@
 
 On the meta device nothing is computed: kernels are compiled for the GPU that `moe_lab.ops.machine_code` names, and what
 is read there is what a launch would run.
+
+Measurements and tests have two ways in: `using` puts other tiles in the place of the table's, `observed` is told of
+every launch.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from typing import Any
 
 import torch
 import triton
@@ -17,7 +23,40 @@ from moe_lab.ops import kernels
 from moe_lab.ops.tiles import Tile, Tiles, choose_tiles, most_tiles
 from moe_lab.records import DispatchPlan
 
-BAND = 8  # tiles of rows that go through the columns together
+# Takes a kernel's name, its arguments and its constants, and returns what to enter around the launch
+Observer = Callable[[str, tuple[Any, ...], dict[str, Any]], AbstractContextManager]
+
+_choose = choose_tiles
+_observer: Observer | None = None
+
+
+@contextmanager
+def using(tiles: Tiles | None = None, **changes: Any) -> Iterator[None]:
+    """Inside, kernels take these tiles in place of the table's, or the table's with changes: `using(tma=False)`.
+
+    It holds for all threads. A backward pass takes the tiles of its forward pass.
+    """
+    global _choose
+
+    def choose(*shapes: int) -> Tiles:
+        return replace(tiles or before(*shapes), **changes)
+
+    before, _choose = _choose, choose
+    try:
+        yield
+    finally:
+        _choose = before
+
+
+@contextmanager
+def observed(observer: Observer) -> Iterator[None]:
+    """Inside, every launch, of any thread, happens within what the observer returns for it."""
+    global _observer
+    before, _observer = _observer, observer
+    try:
+        yield
+    finally:
+        _observer = before
 
 
 def is_interpreted() -> bool:
@@ -64,7 +103,7 @@ def _capability(x: Tensor) -> int:
 
 def _tiles_for(x: Tensor, w: Tensor, n_rows: int) -> Tiles:
     is_even = all(size % 16 == 0 for size in w.shape[1:])
-    return choose_tiles(_capability(x), x.element_size(), n_rows, len(w), is_even)
+    return _choose(_capability(x), x.element_size(), n_rows, len(w), is_even)
 
 
 def _precision(x: Tensor) -> str:
@@ -80,13 +119,14 @@ def _launch(kernel, grid: tuple[int, ...], *args, tile: Tile | None = None, **co
     if tile is not None:
         constants |= {"num_warps": tile.warps, "num_stages": tile.stages}
     tensor = next(arg for arg in args if isinstance(arg, Tensor))
-    if tensor.is_meta:
-        kernel.warmup(*args, grid=grid, **constants)
-    elif tensor.is_cuda:
-        with torch.cuda.device(tensor.device):  # Triton launches on the current one
+    with _observer(kernel.fn.__name__, args, constants) if _observer else nullcontext():
+        if tensor.is_meta:
+            kernel.warmup(*args, grid=grid, **constants)
+        elif tensor.is_cuda:
+            with torch.cuda.device(tensor.device):  # Triton launches on the current one
+                kernel[grid](*args, **constants)
+        else:
             kernel[grid](*args, **constants)
-    else:
-        kernel[grid](*args, **constants)
 
 
 def _blocks(tile: Tile) -> dict[str, int]:
@@ -115,10 +155,9 @@ def product(
     x: Tensor,
     w: Tensor,
     tiles: RowTiles,
-    tile: Tile,
+    sizes: Tiles,
     plan: DispatchPlan | None = None,
     weights: Tensor | None = None,
-    tma: bool = False,
 ) -> Tensor:
     """Rows times the transposed matrix of their group, `w` (E, N, K); (R, K) to (R, N).
 
@@ -128,14 +167,15 @@ def product(
     y = x.new_empty(tiles.n_rows, n)
     precision = _precision(x)
     row_choices = None if plan is None else plan.row_choices
-    if tma and _can_describe(x, w):
-        _product_tma(x, w, y, tiles, tile, precision, row_choices, weights)
+    if sizes.tma and _can_describe(x, w):
+        _product_tma(x, w, y, tiles, sizes, precision, row_choices, weights)
         return y
+    tile = sizes.product
     _launch(
         kernels.grouped_product, (tiles.n_tiles * triton.cdiv(n, tile.columns),),
         x, w, y, tiles.table, row_choices, weights,
         tiles.n_tiles, tiles.n_groups, n, k, x.stride(0), *w.stride(), y.stride(0),
-        SCATTER=plan is not None, PRECISION=precision, BAND=BAND, EVEN_K=k % tile.depth == 0,
+        SCATTER=plan is not None, PRECISION=precision, BAND=sizes.band, EVEN_K=k % tile.depth == 0,
         tile=tile, **_blocks(tile),
     )  # fmt: skip
     return y
@@ -158,12 +198,12 @@ def _product_tma(
     w: Tensor,
     y: Tensor,
     tiles: RowTiles,
-    tile: Tile,
+    sizes: Tiles,
     precision: str,
     row_choices: Tensor | None,
     weights: Tensor | None,
 ) -> None:
-    transposed = w.stride(2) != 1
+    tile, transposed = sizes.product, w.stride(2) != 1
     matrix = [tile.depth, tile.columns] if transposed else [tile.columns, tile.depth]
     w_blocks = TensorDescriptor.from_tensor(w.mT if transposed else w, [1, *matrix])
     x_rows = TensorDescriptor.from_tensor(x, [tile.rows, tile.depth])
@@ -172,7 +212,7 @@ def _product_tma(
     _launch(
         kernels.grouped_product_tma, (programs,),
         x_rows, w_blocks, y, tiles.table, row_choices, weights, tiles.n_tiles, tiles.n_groups, n, k, y.stride(0),
-        SCATTER=row_choices is not None, TRANSPOSED=transposed, PRECISION=precision, BAND=BAND,
+        SCATTER=row_choices is not None, TRANSPOSED=transposed, PRECISION=precision, BAND=sizes.band,
         tile=tile, **_blocks(tile),
     )  # fmt: skip
 
@@ -216,10 +256,15 @@ def sum_of_choices(rows: Tensor, top_k: int) -> Tensor:
 
 
 # --- Autograd -------------------------------------------------------------------------------------------------------
+#
+# `torch.compile` would trace into Triton's own code and fail there, so it leaves both functions out (a graph break).
+# As decorators at import these would load the compiler, a second and more, for everybody.
 
 
 def grouped(rows: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
     """The variant "triton" of `moe_lab.ops.grouped_mm`."""
+    if torch.compiler.is_dynamo_compiling():
+        return torch.compiler.disable(grouped)(rows, weights, offsets)
     require_kernels(rows)
     return _GroupedProduct.apply(_rows_side_by_side(rows), weights, offsets)
 
@@ -235,7 +280,7 @@ class _GroupedProduct(torch.autograd.Function):
         ctx.sizes = sizes = _tiles_for(rows, weights, len(rows))
         ctx.tiles = tiles = RowTiles(offsets, len(rows), sizes.rows)
         ctx.save_for_backward(rows, weights, tiles.offsets)  # these too: autograd then sees it if they are changed
-        return product(rows, weights, tiles, sizes.product, tma=sizes.tma)
+        return product(rows, weights, tiles, sizes)
 
     @staticmethod
     @once_differentiable
@@ -245,7 +290,7 @@ class _GroupedProduct(torch.autograd.Function):
         dy = _rows_side_by_side(dy)
         d_rows = d_weights = None
         if ctx.needs_input_grad[0]:
-            d_rows = product(dy, weights.mT, tiles, sizes.product, tma=sizes.tma)
+            d_rows = product(dy, weights.mT, tiles, sizes)
         if ctx.needs_input_grad[1]:
             d_weights = weight_gradient(dy, rows, weights, tiles, sizes.weight_gradient)
         return d_rows, d_weights, None
@@ -253,6 +298,8 @@ class _GroupedProduct(torch.autograd.Function):
 
 def mlp(x: Tensor, w_in: Tensor, w_down: Tensor, plan: DispatchPlan, weights: Tensor) -> Tensor:
     """The variant "triton" of `moe_lab.ops.moe_mlp`."""
+    if torch.compiler.is_dynamo_compiling():
+        return torch.compiler.disable(mlp)(x, w_in, w_down, plan, weights)
     require_kernels(x)
     tensors = (_rows_side_by_side(x), w_in.contiguous(), w_down.contiguous(), weights.contiguous())
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
@@ -277,14 +324,12 @@ class _MLP(torch.autograd.Function):
             kernels.gate_up, (tiles.n_tiles * triton.cdiv(width, tile.columns),),
             x, w_in, inner, hidden, tiles.table, plan.row_choices,
             tiles.n_tiles, n_experts, width, x.shape[1], x.stride(0), w_in.stride(0), w_in.stride(1),
-            TOP_K=top_k, PRECISION=_precision(x), BAND=BAND, EVEN_K=x.shape[1] % tile.depth == 0,
+            TOP_K=top_k, PRECISION=_precision(x), BAND=sizes.band, EVEN_K=x.shape[1] % tile.depth == 0,
             tile=tile, **_blocks(tile),
         )  # fmt: skip
         ctx.plan, ctx.tiles, ctx.sizes = plan, tiles, sizes
         ctx.save_for_backward(x, w_in, w_down, weights, inner, tiles.offsets, plan.row_choices)
-        return sum_of_choices(
-            product(hidden, w_down, tiles, sizes.product, plan, weights=weights, tma=sizes.tma), top_k
-        )
+        return sum_of_choices(product(hidden, w_down, tiles, sizes, plan, weights), top_k)
 
     @staticmethod
     @once_differentiable
@@ -302,12 +347,12 @@ class _MLP(torch.autograd.Function):
             dy, w_down, inner, weights, d_inner, weighted, parts, tiles.table, plan.row_choices,
             tiles.n_tiles, tiles.n_groups, n_choices, width, dy.shape[1], dy.stride(0), w_down.stride(0),
             w_down.stride(1),
-            TOP_K=top_k, PRECISION=_precision(x), BAND=BAND, EVEN_K=dy.shape[1] % tile.depth == 0,
+            TOP_K=top_k, PRECISION=_precision(x), BAND=sizes.band, EVEN_K=dy.shape[1] % tile.depth == 0,
             tile=tile, **_blocks(tile),
         )  # fmt: skip
         dx = d_in = d_down = d_weights = None
         if needs_x:
-            dx = sum_of_choices(product(d_inner, w_in.mT, tiles, sizes.product, plan, tma=sizes.tma), top_k)
+            dx = sum_of_choices(product(d_inner, w_in.mT, tiles, sizes, plan), top_k)
         if needs_in:
             d_in = weight_gradient(d_inner, x, w_in, tiles, sizes.weight_gradient, plan, gather="right")
         if needs_down:

@@ -58,17 +58,14 @@ class Tile:
     warps: int
     stages: int
 
-    def shared_bytes(self, element_size: int, n_matrices: int = 1) -> int:
-        """What its stages take of a processor's shared memory, with columns of `n_matrices` matrices."""
-        return (self.rows + n_matrices * self.columns) * self.depth * element_size * self.stages
-
 
 @dataclass(frozen=True)
 class Tiles:
     """The tiles of all kernels, for one class of shapes on one kind of GPU.
 
     Those of the first three have the same number of rows, so that they share a plan. `gate_up` computes its columns
-    twice. `tma` says whether the product of rows that lie side by side takes descriptors and a grid that stays.
+    twice. `tma` says whether the product of rows that lie side by side takes descriptors and a grid that stays, `band`
+    how many tiles of rows go through the columns together.
     """
 
     product: Tile
@@ -76,6 +73,7 @@ class Tiles:
     down_backward: Tile
     weight_gradient: Tile
     tma: bool = False
+    band: int = 8
 
     @property
     def rows(self) -> int:

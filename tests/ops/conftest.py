@@ -1,5 +1,7 @@
 """What tests of kernels share: memory that does not come clean, and a list of what was launched."""
 
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import pytest
@@ -31,15 +33,10 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Poison:
 
 
 @pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def launched() -> Iterator[list[str]]:
     """The names of the kernels that `moe_lab.ops.launches` starts, in order."""
     from moe_lab.ops import launches
 
-    names, real = [], launches._launch
-
-    def launch(kernel, grid, *args, **constants):
-        names.append(kernel.fn.__name__)
-        return real(kernel, grid, *args, **constants)
-
-    monkeypatch.setattr(launches, "_launch", launch)
-    return names
+    names = []
+    with launches.observed(lambda name, *_: nullcontext(names.append(name))):
+        yield names

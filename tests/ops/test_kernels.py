@@ -3,6 +3,8 @@
 import importlib.util
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import nullcontext, suppress
 from itertools import accumulate
 
 import pytest
@@ -53,12 +55,11 @@ GROUPS = [
 
 
 @pytest.fixture(params=TILES.values(), ids=TILES)
-def tiles(request, monkeypatch) -> Tiles:
+def tiles(request, monkeypatch) -> Iterator[Tiles]:
     """Every shape of a tile, by either path."""
-    monkeypatch.setattr(launches, "choose_tiles", lambda *_: request.param)
-    monkeypatch.setattr(launches, "BAND", 3)
     monkeypatch.setattr(launches, "_n_processors", lambda _: 5)  # so that a program has several tiles to do
-    return request.param
+    with launches.using(request.param, band=3):
+        yield request.param
 
 
 def offsets_of(counts: list[int]) -> Tensor:
@@ -113,8 +114,7 @@ def test_any_tile_by_either_path_on_memory_that_is_not_clean(tiles, poison, laun
 def test_any_groups(tma, poison, data):
     counts = data.draw(st.lists(st.integers(0, 24), min_size=1, max_size=6))
     past, width, out_width = data.draw(st.tuples(st.integers(0, 20), st.integers(1, 9), st.integers(1, 9)))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launches, "choose_tiles", lambda *_: Tiles(*4 * [Tile(16, 16, 32, 1, 1)], tma=tma))
+    with pytest.MonkeyPatch.context() as patch, launches.using(Tiles(*4 * [Tile(16, 16, 32, 1, 1)], tma=tma)):
         patch.setattr(launches, "_n_processors", lambda _: 3)
         assert_agrees(*made(counts, past, 4 * width, 4 * out_width), counts)
 
@@ -137,12 +137,12 @@ NOT_DESCRIBED = {
 
 @interpreted
 @pytest.mark.parametrize(("rows_lie", "weights_lie"), NOT_DESCRIBED.values(), ids=NOT_DESCRIBED)
-def test_what_the_copy_engine_does_not_take_goes_the_portable_way(rows_lie, weights_lie, poison, launched, monkeypatch):
-    monkeypatch.setattr(launches, "choose_tiles", lambda *_: TILES["small, descriptors"])
+def test_what_the_copy_engine_does_not_take_goes_the_portable_way(rows_lie, weights_lie, poison, launched):
     counts = [3, 0, 18, 2]
     rows, weights = (x.detach() for x in made(counts, 0, 16, 8))
     rows, weights = rows_lie(rows).requires_grad_(), weights_lie(weights).requires_grad_()
-    assert_agrees(rows, weights, counts)
+    with launches.using(TILES["small, descriptors"]):
+        assert_agrees(rows, weights, counts)
     assert launched[:2] == ["plan_tiles", "grouped_product"]
 
 
@@ -151,25 +151,25 @@ def test_what_the_copy_engine_does_not_take_goes_the_portable_way(rows_lie, weig
     "lies", [lambda g: g[:1].expand(g.shape), lambda g: g.mT.contiguous().mT], ids=["one", "turned"]
 )
 @pytest.mark.parametrize("tiles", ["small", "small, descriptors"])
-def test_a_gradient_lies_as_it_comes(lies, tiles, poison, monkeypatch):
-    monkeypatch.setattr(launches, "choose_tiles", lambda *_: TILES[tiles])
+def test_a_gradient_lies_as_it_comes(lies, tiles, poison):
     counts = [3, 0, 18, 2]
     rows, weights = made(counts, 0, 16, 8)
-    assert_agrees(rows, weights, counts, lies(torch.randn(23, 8)))
+    with launches.using(TILES[tiles]):
+        assert_agrees(rows, weights, counts, lies(torch.randn(23, 8)))
 
 
 @interpreted
-def test_transposed_weights_and_columns_of_wider_tensors_are_described_as_they_lie(poison, launched, monkeypatch):
-    monkeypatch.setattr(launches, "choose_tiles", lambda *_: TILES["wide, descriptors"])
+def test_transposed_weights_and_columns_of_wider_tensors_are_described_as_they_lie(poison, launched):
     counts = [3, 0, 18, 2]
     rows, weights = made(counts, 2, 20, 36)
     turned = weights.detach().mT.contiguous().mT.requires_grad_()
-    assert_agrees(rows, turned, counts)
-    assert "grouped_product" not in launched
-    launched.clear()
     narrow = [x.detach()[..., :17].requires_grad_() for x in (rows, weights)]
-    assert_agrees(*narrow, counts)
-    assert "grouped_product" not in launched
+    with launches.using(TILES["wide, descriptors"]):
+        for given in ((rows, turned), narrow):
+            launched.clear()
+            assert_agrees(*given, counts)
+            assert "grouped_product_tma" in launched
+            assert "grouped_product" not in launched
 
 
 @interpreted
@@ -185,15 +185,35 @@ def test_a_frozen_side_costs_nothing(launched):
 
 @interpreted
 @pytest.mark.parametrize("tiles", ["small", "small, descriptors"])
-def test_the_same_bits_every_time(tiles, poison, monkeypatch):
-    monkeypatch.setattr(launches, "choose_tiles", lambda *_: TILES[tiles])
+def test_the_same_bits_every_time(tiles, poison):
     counts = [30, 0, 17]
     rows, weights = made(counts, 0, 40, 24)
     upstream, seen = torch.randn(47, 24), []
     for _ in range(2):
-        product = grouped_mm(rows, weights, offsets_of(counts), "triton")
+        with launches.using(TILES[tiles]):
+            product = grouped_mm(rows, weights, offsets_of(counts), "triton")
         seen.append((product, *torch.autograd.grad(product, (rows, weights), upstream)))
     assert all(torch.equal(one, other) for one, other in zip(*seen, strict=True))
+
+
+@interpreted
+def test_other_tiles_hold_inside_nest_and_go_also_after_an_error():
+    rows, weights = (x.detach() for x in made([3], 0, 16, 8))
+
+    def band_and_rows() -> tuple[int, int]:
+        seen = []
+        with launches.observed(lambda name, args, constants: nullcontext(seen.append(constants))):
+            grouped_mm(rows, weights, offsets_of([3]), "triton")
+        return seen[-1]["BAND"], seen[-1]["BLOCK_M"]
+
+    before = band_and_rows()
+    with launches.using(TILES["deep"]):
+        assert band_and_rows() == (8, 32)
+        with suppress(RuntimeError), launches.using(band=3):
+            assert band_and_rows() == (3, 32)
+            raise RuntimeError
+        assert band_and_rows() == (8, 32)
+    assert band_and_rows() == before == (8, 16)
 
 
 # --- One kernel at a time -------------------------------------------------------------------------------------------
@@ -242,15 +262,13 @@ def test_rows_and_columns_of_no_width(poison):
 
 
 @interpreted
-def test_fp32_follows_either_of_torchs_switches(monkeypatch):
-    seen = []
-    real = launches._launch
-    monkeypatch.setattr(launches, "_launch", lambda *a, **k: seen.append(k.get("PRECISION")) or real(*a, **k))
+def test_fp32_follows_either_of_torchs_switches():
     rows, weights = (x.detach() for x in made([3], 0, 16, 8))
 
     def precision(rows: Tensor, weights: Tensor) -> str:
-        seen.clear()
-        grouped_mm(rows, weights, offsets_of([3]), "triton")
+        seen = []
+        with launches.observed(lambda name, args, constants: nullcontext(seen.append(constants.get("PRECISION")))):
+            grouped_mm(rows, weights, offsets_of([3]), "triton")
         return seen[-1]
 
     assert precision(rows, weights) == "ieee"

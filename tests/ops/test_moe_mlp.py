@@ -1,5 +1,7 @@
 """The fused block against its steps, the layer's definition, and Liger's block: outputs and every gradient."""
 
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from itertools import product as every
 
 import pytest
@@ -141,12 +143,11 @@ TILES = {
 def test_tiles_of_any_shape_give_the_same(case, tiles, poison, launched, monkeypatch):
     from moe_lab.ops import launches
 
-    monkeypatch.setattr(launches, "choose_tiles", lambda *_: tiles)
-    monkeypatch.setattr(launches, "BAND", 2)
     monkeypatch.setattr(launches, "_n_processors", lambda _: 3)  # so that a program has several tiles to do
     tensors, ids = made(*CASES[case], torch.float32)
     upstream = torch.randn_like(tensors[0])
-    got = run(tensors, sort_choices(ids, CASES[case][3]), upstream, "triton")
+    with launches.using(tiles, band=2):
+        got = run(tensors, sort_choices(ids, CASES[case][3]), upstream, "triton")
     assert_same(got, by_definition(tensors, ids, upstream), 1e-5)
     assert ("grouped_product_tma" in launched) == (tiles.tma and case == "rows of 16 bytes")
 
@@ -296,14 +297,14 @@ def test_a_plan_that_is_changed_between_forward_and_backward_is_noticed():
 
 
 @interpreted
-def test_forward_goes_on_with_what_is_kept_for_backward(monkeypatch):
+def test_forward_goes_on_with_what_is_kept_for_backward():
     """In fp16 what SwiGLU was given is rounded when it is kept: forward must not have seen more than that."""
     from moe_lab.ops import launches
 
-    seen, real = [], launches._launch
-    monkeypatch.setattr(launches, "_launch", lambda k, grid, *args, **c: seen.append(args) or real(k, grid, *args, **c))
+    seen = []
     tensors, ids = made(*CASES["what blocks divide"], torch.float16)
-    moe_mlp(tensors[0].requires_grad_(), *tensors[1:3], sort_choices(ids, 4), tensors[3], "triton")
+    with launches.observed(lambda name, args, constants: nullcontext(seen.append(args))):
+        moe_mlp(tensors[0].requires_grad_(), *tensors[1:3], sort_choices(ids, 4), tensors[3], "triton")
     _, _, inner, hidden, *_ = seen[1]  # the plan's launch comes first
     gate, up = inner.float().chunk(2, -1)
     differ = (torch.nn.functional.silu(gate) * up).half() != hidden
@@ -356,6 +357,55 @@ def test_a_layer_with_triton_is_the_layer_fused_or_step_by_step(options, is_fuse
     assert_same(seen["triton"], seen["reference"], 1e-5)
     assert ("gate_up" in launched) == is_fused
     assert launched
+
+
+def both_passes(layer: Callable, x: Tensor, parameters: Iterable[Tensor]) -> list[Tensor]:
+    y, _ = layer(x)
+    return [y.detach(), *torch.autograd.grad(y.square().sum(), [x, *parameters])]
+
+
+@interpreted
+@pytest.mark.parametrize("hook", ["forward_pre_hook", "forward_hook", "full_backward_pre_hook", "full_backward_hook"])
+def test_a_layer_whose_experts_have_hooks_goes_step_by_step_so_that_they_run(hook, launched):
+    layer, x = MoE(MoEConfig(d_model=12, d_ff=10, n_experts=5, top_k=2), "triton"), torch.randn(9, 12).requires_grad_()
+    seen = []
+    fused = both_passes(layer, x, layer.parameters())
+    handle = getattr(layer.experts, f"register_{hook}")(lambda part, *_: seen.append(part))
+    assert not layer.is_fused
+    launched.clear()
+    assert_close(both_passes(layer, x, layer.parameters()), fused)
+    assert seen == [layer.experts]
+    assert "gate_up" not in launched
+    handle.remove()
+    assert layer.is_fused
+
+
+@interpreted
+def test_hooks_on_the_layer_and_its_router_run_in_a_fused_layer_too():
+    layer = MoE(MoEConfig(d_model=12, d_ff=10, n_experts=5, top_k=2), "triton")
+    seen = []
+    for part in (layer, layer.router):
+        part.register_forward_hook(lambda part, *_: seen.append(part))
+    layer(torch.randn(9, 12))
+    assert layer.is_fused
+    assert seen == [layer.router, layer]
+
+
+@interpreted
+@pytest.mark.parametrize("options", [{}, {"expert_bias": True}], ids=["fused", "step by step"])
+def test_a_compiled_layer_leaves_the_kernels_as_they_are(options, launched):
+    layer = MoE(MoEConfig(d_model=12, d_ff=10, n_experts=5, top_k=2, **options), "triton")
+    x = torch.randn(9, 12).requires_grad_()
+    expected = both_passes(layer, x, layer.parameters())
+    wanted = launched.copy()
+    launched.clear()
+    torch.compiler.reset()
+    compiled = torch.compile(layer, backend="eager")
+    assert_close(both_passes(compiled, x, layer.parameters()), expected, rtol=0, atol=0)
+    assert launched == wanted
+    launched.clear()
+    longer = torch.randn(17, 12).requires_grad_()
+    assert_close(both_passes(compiled, longer, layer.parameters()), both_passes(layer, longer, layer.parameters()))
 
 
 # --- What is refused ------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from variants import interpreted
 
-from moe_lab.ops.tiles import _TILES, Tile, choose_tiles, most_tiles, plan_tiles
+from moe_lab.ops.tiles import _TILES, choose_tiles, most_tiles, plan_tiles
 
 PROPERTY = settings(max_examples=60, deadline=None, derandomize=True)
 COUNTS = st.lists(st.integers(0, 40), min_size=1, max_size=9)
@@ -195,7 +195,8 @@ def test_every_tile_fits_its_chip(capability):
             for tile, n_matrices in (
                 (tiles.product, 1), (tiles.gate_up, 2), (tiles.down_backward, 1), (tiles.weight_gradient, 1),
             ):  # fmt: skip
-                assert tile.shared_bytes(size, n_matrices) <= SHARED[capability] * 1024
+                of_a_stage = (tile.rows + n_matrices * tile.columns) * tile.depth * size
+                assert of_a_stage * tile.stages <= SHARED[capability] * 1024
             assert not tiles.tma or 90 <= capability < 120
 
 
@@ -209,8 +210,3 @@ def test_tiles_share_a_plan_and_are_what_kernels_can_be_made_of(name):
             assert size & (size - 1) == 0
         assert tile.warps in (1, 2, 4, 8)
         assert tile.stages >= 1
-
-
-def test_what_the_stages_of_a_tile_take():
-    assert Tile(64, 128, 32, warps=4, stages=3).shared_bytes(2) == (64 + 128) * 32 * 2 * 3
-    assert Tile(64, 128, 32, warps=4, stages=3).shared_bytes(4, 2) == (64 + 256) * 32 * 4 * 3
