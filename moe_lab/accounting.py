@@ -1,18 +1,24 @@
-"""Counts parameters and FLOPs from a configuration alone, exactly and without torch.
+"""Counts parameters, FLOPs and bytes from a configuration alone, exactly and without torch.
 
 One multiplication with its addition is two FLOPs. Norms, softmax, RoPE, activations and the embedding look-up
 are left out, as is usual: together they are well under one per cent of a model of any size.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
-from moe_lab.config import LMConfig, MoEConfig, RouterConfig
+from moe_lab.config import LMConfig, MoEConfig, RouterConfig, SwitchConfig
+
+BYTES = {"fp32": 4, "bf16": 2, "fp8": 1}
+FP8_BLOCK = 128  # values that share an fp32 scale: DeepSeek-V3 (2024), section 3.3.2
+T5_POSITION_BUCKETS = 32  # Raffel et al. 2020, section 2.1
+MXFP4_BITS = 4 + 8 / 32  # 32 values of 4 bits share a scale of 8: OCP Microscaling Formats 1.0, section 5
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """Named numbers with their sum."""
+    """Named numbers with their sum; prints as a table, and is one in a notebook."""
 
     @property
     def total(self) -> float:
@@ -27,10 +33,30 @@ class Parts:
         """One part's share of the total, 0 to 1."""
         return getattr(self, part) / self.total
 
+    def _rows(self) -> list[tuple[str, str, str]]:
+        parts = {name: number for name, number in self.by_part().items() if number}
+        shares = {name: f"{number / self.total:.2%}" for name, number in parts.items()}
+        rows = [(name.replace("_", " "), as_text(number), shares[name]) for name, number in parts.items()]
+        return [*rows, ("total", as_text(self.total), "")]
+
+    def __str__(self) -> str:
+        names, numbers, shares = (max(map(len, column)) for column in zip(*self._rows(), strict=True))
+        rows = (f"{name:<{names}}  {number:>{numbers}}  {share:>{shares}}" for name, number, share in self._rows())
+        return "\n".join(row.rstrip() for row in rows)
+
+    def _repr_html_(self) -> str:
+        cells = "<td style='text-align: left'>{}</td><td>{}</td><td>{}</td>"
+        return f"<table>{''.join(f'<tr>{cells.format(*row)}</tr>' for row in self._rows())}</table>"
+
+
+def as_text(number: float) -> str:
+    """A whole number with commas, any other with four digits."""
+    return f"{number:,}" if isinstance(number, int) else f"{number:,.0f}" if abs(number) >= 1e4 else f"{number:.4g}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Parameters(Parts):
-    """Learned numbers of a model, over all its layers."""
+    """Learned numbers of a model, over all its layers; `router` holds its selection bias."""
 
     embedding: int
     conv: int = 0
@@ -42,10 +68,15 @@ class Parameters(Parts):
     norms: int
     head: int
 
+    @property
+    def without_embedding(self) -> int:
+        """What takes part in products: all but the table that tokens are looked up in. A tied table is the head's."""
+        return self.total - self.embedding if self.head else self.total
+
 
 @dataclass(frozen=True, kw_only=True)
 class Flops(Parts):
-    """FLOPs of one forward pass over one sequence, over all layers."""
+    """FLOPs of one forward pass over one sequence."""
 
     conv: int = 0
     attention_projections: int
@@ -71,9 +102,32 @@ def ffn_parameters(config: LMConfig) -> int:
     return ffn_matrices(config) * config.d_model * config.d_ff
 
 
+def attention_matrices(config: LMConfig) -> dict[str, tuple[int, int]]:
+    """The matrices of one layer's attention, (outputs, inputs) each, by the names that `moe_lab.attention` has."""
+    d_model, n_heads, mla = config.d_model, config.n_heads, config.mla
+    if mla is None:
+        queries, keys = n_heads * config.d_head, config.n_kv_heads * config.d_head
+        return {"w_q": (queries, d_model), "w_k": (keys, d_model), "w_v": (keys, d_model), "w_o": (d_model, queries)}
+    queries = n_heads * (mla.d_nope + mla.d_rope)
+    of_queries = {"w_q": (queries, d_model)}
+    if mla.q_rank is not None:
+        of_queries = {"w_dq": (mla.q_rank, d_model), "w_uq": (queries, mla.q_rank)}
+    return of_queries | {
+        "w_dkv": (mla.kv_rank + mla.d_rope, d_model),
+        "w_ukv": (n_heads * (mla.d_nope + mla.d_value), mla.kv_rank),
+        "w_o": (d_model, n_heads * mla.d_value),
+    }
+
+
+def _attention_products(config: LMConfig) -> int:
+    return sum(rows * columns for rows, columns in attention_matrices(config).values())
+
+
 def attention_parameters(config: LMConfig) -> int:
-    """Parameters of one layer's attention: query and output for every head, key and value for the shared ones."""
-    return 2 * config.d_model * config.d_head * (config.n_heads + config.n_kv_heads)
+    """Parameters of one layer's attention: its matrices, with biases and sinks where it has them; norms apart."""
+    qkv_bias = (config.n_heads + 2 * config.n_kv_heads) * config.d_head if config.qkv_bias else 0
+    output_bias = config.d_model if config.output_bias else 0
+    return _attention_products(config) + qkv_bias + output_bias + (config.n_heads if config.attention_sinks else 0)
 
 
 def expert_parameters(moe: MoEConfig) -> int:
@@ -84,9 +138,12 @@ def expert_parameters(moe: MoEConfig) -> int:
 
 
 def router_parameters(moe: MoEConfig) -> int:
-    """Parameters of one layer's router; a selection bias is not learned by gradients and not counted."""
+    """Parameters of one layer's router.
+
+    A selection bias counts: gradients do not learn it, but training does, and released weights hold it.
+    """
     matrices = 2 if moe.noisy_top_k else 1
-    return matrices * moe.n_experts * moe.d_model + (moe.n_experts if moe.logit_bias else 0)
+    return moe.n_experts * (matrices * moe.d_model + moe.logit_bias + moe.selection_bias)
 
 
 def shared_expert_parameters(moe: MoEConfig) -> int:
@@ -141,16 +198,20 @@ def cut_finer(moe: MoEConfig, m: int, n_shared: int = 0) -> dict[str, int]:
     }
 
 
-def _qk_norm_parameters(config: LMConfig) -> int:
+def _attention_norms(config: LMConfig) -> int:
+    if config.mla:
+        return config.mla.kv_rank + (config.mla.q_rank or 0)
     return {"none": 0, "head": 2, "all": config.n_heads + config.n_kv_heads}[config.qk_norm] * config.d_head
 
 
-def count_parameters(config: LMConfig, *, active: bool = False) -> Parameters:
+def count_parameters(config: LMConfig | SwitchConfig, active: bool = False) -> Parameters:
     """Every learned number of the model, or with `active` those that one token uses: `top_k` of the routed experts.
 
-    A tied head costs nothing, its table is the embedding's. The active count holds the whole embedding table, as most
-    published figures do, though a token reads one row of it.
+    A tied head costs nothing, its table is the embedding's. The active count holds the whole embedding table, as many
+    published figures do, though a token reads one row of it; `without_embedding` is the other convention.
     """
+    if isinstance(config, SwitchConfig):
+        return _count_switch(config, active)
     table = config.vocab_size * config.d_model
     moe, n_moe = config.moe, config.n_moe_layers
     parts = {}
@@ -164,41 +225,319 @@ def count_parameters(config: LMConfig, *, active: bool = False) -> Parameters:
         conv=config.d_model * config.conv_width,
         attention=config.n_layers * attention_parameters(config),
         ffn=(config.n_layers - n_moe) * ffn_parameters(config),
-        norms=config.d_model * (2 * config.n_layers + 1) + config.n_layers * _qk_norm_parameters(config),
+        norms=config.d_model * (2 * config.n_layers + 1) + config.n_layers * _attention_norms(config),
         head=0 if config.tied_embeddings else table,
         **parts,
     )
 
 
-def count_flops(config: LMConfig, tokens: int, *, causal: bool = True) -> Flops:
+def _count_switch(config: SwitchConfig, active: bool) -> Parameters:
+    """T5's layout: a decoder layer has two attentions and three norms; position biases once in either stack."""
+    n_layers = config.n_encoder_layers + config.n_decoder_layers
+    one_ffn = (3 if config.gated else 2) * config.d_model * config.d_ff
+    n_attentions = config.n_encoder_layers + 2 * config.n_decoder_layers
+    table = config.vocab_size * config.d_model
+    return Parameters(
+        embedding=table,
+        attention=4 * config.d_model * config.n_heads * config.d_head * n_attentions
+        + 2 * T5_POSITION_BUCKETS * config.n_heads,
+        ffn=(n_layers - config.n_moe_layers) * one_ffn,
+        router=config.n_moe_layers * config.d_model * config.n_experts,
+        experts=config.n_moe_layers * (1 if active else config.n_experts) * one_ffn,
+        norms=config.d_model * (2 * config.n_encoder_layers + 3 * config.n_decoder_layers + 2),
+        head=0 if config.tied_embeddings else table,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictionParameters(Parts):
+    """A module that predicts one token further; embedding and head are the model's."""
+
+    projection: int
+    attention: int
+    router: int
+    experts: int
+    shared_experts: int
+    norms: int
+
+
+def count_mtp(config: LMConfig, active: bool = False) -> PredictionParameters:
+    """One multi-token prediction module: a projection of two vectors into one, and a layer of experts.
+
+    Source: DeepSeek-V3 (2024), section 2.2, equations 21 to 23; three norms of it are not those of the layer.
+
+    Raises:
+        ValueError: a model without experts.
+    """
+    moe = _require_experts(config)
+    return PredictionParameters(
+        projection=2 * config.d_model**2,
+        attention=attention_parameters(config),
+        router=router_parameters(moe),
+        experts=(moe.top_k if active else moe.n_experts) * expert_parameters(moe),
+        shared_experts=shared_expert_parameters(moe),
+        norms=5 * config.d_model + _attention_norms(config),
+    )
+
+
+def _require_experts(config: LMConfig) -> MoEConfig:
+    if config.moe is None:
+        raise ValueError("moe=None: expected a model with experts.")
+    return config.moe
+
+
+# --- FLOPs ----------------------------------------------------------------------------------------------------------
+
+
+def count_flops(config: LMConfig, tokens: int, causal: bool = True) -> Flops:
     """FLOPs of a forward pass over one sequence of `tokens`; a training step costs three times as much.
 
-    With `causal`, position s pays for the s + 1 positions that it sees; without, every pair is paid for, which is
-    what an implementation that masks a full score matrix computes, and what `torch.utils.flop_counter` counts. In a
-    layer of experts a token pays for the router, its `top_k` experts and the shared ones; no capacity is assumed.
+    With `causal`, position s pays for the s + 1 positions that it sees, or for those in its window; without, every pair
+    is paid for, which is what an implementation that masks a full score matrix computes, and what
+    `torch.utils.flop_counter` counts. In a layer of experts a token pays for the router, its `top_k` experts and the
+    shared ones; no capacity is assumed. Latent attention is counted as in training, with keys and values of all heads.
 
     Raises:
         ValueError: fewer than one token.
     """
+    layers = [layer_flops(config, tokens, layer, causal) for layer in range(config.n_layers)]
+    parts = {name: sum(getattr(layer, name) for layer in layers) for name in layers[0].by_part()}
+    conv = 2 * tokens * config.d_model * config.conv_width
+    return Flops(**parts | {"conv": conv, "head": 2 * tokens * config.vocab_size * config.d_model})
+
+
+def layer_flops(config: LMConfig, tokens: int, layer: int = -1, causal: bool = True) -> Flops:
+    """FLOPs of one layer, counted from 0 or, with a minus, from the last; see `count_flops`.
+
+    Raises:
+        ValueError: fewer than one token, or a layer that the model does not have.
+    """
     if tokens < 1:
         raise ValueError(f"tokens={tokens}: expected 1 or more.")
-    pairs = tokens * (tokens + 1) // 2 if causal else tokens**2
+    if not -config.n_layers <= layer < config.n_layers:
+        raise ValueError(f"layer={layer}: expected {-config.n_layers} to {config.n_layers - 1}.")
+    layer %= config.n_layers
     per_token = 2 * tokens
-    moe, n_moe = config.moe, config.n_moe_layers
-    parts = {}
-    if moe:
-        one_expert = _matrices(moe.expert) * moe.d_model * moe.d_ff
-        parts["router"] = per_token * n_moe * moe.n_experts * moe.d_model
-        parts["experts"] = per_token * n_moe * moe.top_k * one_expert
-        parts["shared_experts"] = per_token * n_moe * shared_expert_parameters(moe)
+    scores = {
+        "attention_projections": per_token * _attention_products(config),
+        "attention_scores": 2 * config.n_heads * _pair_width(config) * _pairs(tokens, config.window_of(layer), causal),
+    }
+    if not config.has_experts(layer):
+        return Flops(**scores, ffn=per_token * ffn_parameters(config), head=0)
+    moe = config.moe
+    one_expert = _matrices(moe.expert) * moe.d_model * moe.d_ff
     return Flops(
-        conv=per_token * config.d_model * config.conv_width,
-        attention_projections=per_token * config.n_layers * attention_parameters(config),
-        attention_scores=4 * pairs * config.n_layers * config.n_heads * config.d_head,
-        ffn=per_token * (config.n_layers - n_moe) * ffn_parameters(config),
-        head=per_token * config.vocab_size * config.d_model,
-        **parts,
+        **scores,
+        ffn=0,
+        router=per_token * moe.n_experts * moe.d_model,
+        experts=per_token * moe.top_k * one_expert,
+        shared_experts=per_token * shared_expert_parameters(moe),
+        head=0,
     )
+
+
+def _pair_width(config: LMConfig) -> int:
+    """Multiply-adds of one head for one pair of positions: the score, and the value's share."""
+    return config.d_head + (config.mla.d_value if config.mla else config.d_head)
+
+
+def _pairs(tokens: int, window: int | None, causal: bool) -> int:
+    if not causal:
+        return tokens**2
+    seen = min(window or tokens, tokens)
+    return seen * (seen + 1) // 2 + (tokens - seen) * seen
+
+
+def decode_flops(config: LMConfig, context: int) -> float:
+    """FLOPs of one new token with `context` positions behind it in a cache.
+
+    Latent attention works in the latent space, where a position costs more than in training's form; keys and values of
+    all heads need not be made again for it.
+    """
+    per_position = config.n_heads * _pair_width(config)
+    if config.mla:
+        per_position = config.n_heads * (2 * config.mla.kv_rank + config.mla.d_rope)
+    windows = (config.window_of(layer) for layer in range(config.n_layers))
+    positions = sum(min(context + 1, window or context + 1) for window in windows)
+    one_token = count_flops(config, 1)
+    return one_token.total - one_token.attention_scores + 2 * per_position * positions
+
+
+def training_flops_per_token(config: LMConfig, tokens: int, causal: bool = True) -> float:
+    """FLOPs of forward and backward for each token of a sequence of `tokens`; the backward pass costs two forwards."""
+    return 3 * count_flops(config, tokens, causal).total / tokens
+
+
+def six_nd(config: LMConfig, n_tokens: float) -> float:
+    """6 N D, training's FLOPs without attention's scores: N are the active parameters that take part in products.
+
+    Source: Kaplan et al. 2020, "Scaling Laws for Neural Language Models", section 2.1.
+    """
+    return 6 * count_parameters(config, active=True).without_embedding * n_tokens
+
+
+# --- Bytes ----------------------------------------------------------------------------------------------------------
+
+
+def bytes_of(number: str) -> int:
+    """Bytes of one number in a format.
+
+    Raises:
+        ValueError: a format that is not known.
+    """
+    if number not in BYTES:
+        raise ValueError(f"number={number!r}: expected one of {', '.join(BYTES)}.")
+    return BYTES[number]
+
+
+def weight_bytes(config: LMConfig | SwitchConfig, number: str = "bf16", active: bool = False) -> int:
+    """Bytes of all parameters, or of those that are active."""
+    return count_parameters(config, active).total * bytes_of(number)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingBytes(Parts):
+    """What training holds beside activations."""
+
+    weights: int
+    gradients: int
+    master_weights: int
+    moments: int
+
+
+def training_bytes(config: LMConfig | SwitchConfig) -> TrainingBytes:
+    """Mixed precision with Adam, 16 bytes a parameter: bf16 weights and gradients, fp32 weights and two moments.
+
+    Source: Rajbhandari et al. 2020 (ZeRO), section 3.1.
+    """
+    n = count_parameters(config).total
+    return TrainingBytes(weights=2 * n, gradients=2 * n, master_weights=4 * n, moments=8 * n)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivationBytes(Parts):
+    """What one layer of experts computes for some tokens."""
+
+    hidden: int
+    attention: int
+    dispatched: int
+    expert_hidden: int
+    expert_outputs: int
+
+
+def activation_bytes(config: LMConfig, tokens: int, number: str = "bf16") -> ActivationBytes:
+    """The larger tensors of one layer of experts, if nothing is computed again: what goes in and comes out, queries,
+    keys and values, a copy of every token for each of its experts, what SwiGLU is given and gives, and their outputs.
+
+    Raises:
+        ValueError: a model without experts, or an unknown format.
+    """
+    moe, per_token = _require_experts(config), tokens * bytes_of(number)
+    mla = config.mla
+    keys_and_values = 2 * config.n_kv_heads * config.d_head if mla is None else config.n_heads * _pair_width(config)
+    width = moe.top_k * moe.d_ff + moe.d_ff_shared
+    return ActivationBytes(
+        hidden=per_token * 2 * config.d_model,
+        attention=per_token * (config.n_heads * config.d_head + keys_and_values),
+        dispatched=per_token * moe.top_k * moe.d_model,
+        expert_hidden=per_token * _matrices(moe.expert) * width,
+        expert_outputs=per_token * moe.top_k * moe.d_model,
+    )
+
+
+def fp8_checkpoint_bytes(config: LMConfig) -> int:
+    """Bytes of the weights as DeepSeek-V3 was released.
+
+    Matrices of attention and FFNs are fp8, with an fp32 scale for every block of 128 × 128; embedding, head, routers
+    and norms bf16; selection biases fp32.
+
+    Source: DeepSeek-V3's README_WEIGHTS.md, and the dtypes in its released files.
+    """
+    moe, n_moe = config.moe, config.n_moe_layers
+    ffn = [(config.n_layers - n_moe, ffn_matrices(config), config.d_model, config.d_ff)]
+    if moe:
+        matrices = _matrices(moe.expert)
+        ffn.append((n_moe * moe.n_experts, matrices, config.d_model, moe.d_ff))
+        if moe.n_shared_experts:
+            ffn.append((n_moe, matrices, config.d_model, moe.d_ff_shared))
+    fp8 = [(config.n_layers, *matrix) for matrix in attention_matrices(config).values()]
+    fp8 += [(copies * matrices, rows, columns) for copies, matrices, rows, columns in ffn]
+    numbers = sum(copies * rows * columns for copies, rows, columns in fp8)
+    scales = sum(copies * -(-rows // FP8_BLOCK) * -(-columns // FP8_BLOCK) for copies, rows, columns in fp8)
+    biases = n_moe * moe.n_experts if moe and moe.selection_bias else 0
+    others = count_parameters(config).total - numbers - biases
+    return numbers + 2 * others + 4 * (scales + biases)
+
+
+def mxfp4_checkpoint_bytes(config: LMConfig) -> int:
+    """Bytes of the weights as gpt-oss was released: experts' matrices in MXFP4, the rest in bf16.
+
+    Source: OpenAI 2025, "gpt-oss-120b & gpt-oss-20b Model Card", section 2.1.
+
+    Raises:
+        ValueError: a model without experts.
+    """
+    moe = _require_experts(config)
+    numbers = config.n_moe_layers * moe.n_experts * _matrices(moe.expert) * moe.d_model * moe.d_ff
+    return int(numbers * MXFP4_BITS / 8) + 2 * (count_parameters(config).total - numbers)
+
+
+def cache_numbers(config: LMConfig) -> int:
+    """Numbers that attention keeps of one token in one layer: keys and values, or the latent vector and a key."""
+    if config.mla:
+        return config.mla.kv_rank + config.mla.d_rope
+    return 2 * config.n_kv_heads * config.d_head
+
+
+def cache_bytes(config: LMConfig, tokens: int = 1, number: str = "bf16") -> int:
+    """Bytes that all layers keep of one sequence; a layer with a window keeps that many positions at most.
+
+    Raises:
+        ValueError: an unknown format.
+    """
+    windows = (config.window_of(layer) for layer in range(config.n_layers))
+    positions = sum(min(tokens, window or tokens) for window in windows)
+    return positions * cache_numbers(config) * bytes_of(number)
+
+
+# --- What a batch touches -------------------------------------------------------------------------------------------
+
+
+def distinct_experts(n_experts: int, top_k: int, batch: int) -> float:
+    """How many of a layer's experts a batch of tokens touches, on average: `E (1 - (1 - K / E)^B)`.
+
+    Tokens choose independently, every expert as often as any other. Real ones are alike, and touch fewer.
+
+    Raises:
+        ValueError: more chosen than there are, or a negative batch.
+    """
+    if not 0 < top_k <= n_experts or batch < 0:
+        expected = "expected 1 to n_experts, and a batch of 0 or more"
+        raise ValueError(f"n_experts={n_experts}, top_k={top_k}, batch={batch}: {expected}.")
+    return n_experts * (1 - (1 - top_k / n_experts) ** batch)
+
+
+def decode_reads(config: LMConfig, batch: int) -> float:
+    """Parameters that one decode step reads for `batch` sequences, a token each; experts as in `distinct_experts`."""
+    active, moe = count_parameters(config, active=True), config.moe
+    if moe is None:
+        return active.without_embedding
+    touched = config.n_moe_layers * distinct_experts(moe.n_experts, moe.top_k, batch) * expert_parameters(moe)
+    return active.without_embedding - active.experts + touched
+
+
+def table(columns: Mapping[str, Mapping[str, float]]) -> str:
+    """Several results side by side, as aligned text: by the name of each column, its rows."""
+    names = list(dict.fromkeys(name for rows in columns.values() for name in rows))
+    cells = [["", *columns]] + [
+        [name.replace("_", " "), *(as_text(rows[name]) if name in rows else "–" for rows in columns.values())]
+        for name in names
+    ]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    lines = (
+        [f"{row[0]:<{widths[0]}}", *(f"{c:>{w}}" for c, w in zip(row[1:], widths[1:], strict=True))] for row in cells
+    )
+    return "\n".join("  ".join(line).rstrip() for line in lines)
 
 
 def ffn_width(d_model: int, multiple_of: int, multiplier: float = 1.0) -> int:

@@ -1,4 +1,4 @@
-"""Causal self-attention: grouped-query attention with rotary positions."""
+"""Causal self-attention with rotary positions: grouped queries, or a latent vector; and what each keeps in a cache."""
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,58 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
+class Cache:
+    """What attention keeps of positions that it has seen, so that they are not computed again: tensors (..., S, width).
+
+    One for each layer, empty at first; `forward` extends the one that it is given.
+    """
+
+    def __init__(self) -> None:
+        self.kept: tuple[Tensor, ...] = ()
+        self.n_seen = 0
+
+    def extend(self, *new: Tensor, window: int | None = None) -> tuple[Tensor, ...]:
+        """Everything kept so far with the new positions behind it; of that the last `window` positions are kept."""
+        whole = tuple(torch.cat(both, dim=-2) for both in zip(self.kept, new, strict=True)) if self.kept else new
+        self.n_seen += new[0].shape[-2]
+        self.kept = tuple(tensor[..., -window:, :] for tensor in whole) if window else whole
+        return whole
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of what is kept."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.kept)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Queries (B, H, S, d) on keys (B, KV, L, d) and values (B, KV, L, d_v), to (B, H, S, d_v).
+
+    The queries are the last S of L positions. Each sees itself and those before it, with `window` the last so many.
+    `sinks` (H,) are scores that take part in every softmax and bring no value.
+    """
+    n_new, n_all = q.shape[-2], k.shape[-2]
+    options = {"scale": scale, "enable_gqa": q.shape[1] != k.shape[1]}
+    if n_new == n_all and window is None and sinks is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, **options)
+    here = torch.arange(n_all - n_new, n_all, device=q.device)[:, None]
+    there = torch.arange(n_all, device=q.device)
+    sees = (there <= here) & (there > here - (window or n_all))  # (S, L)
+    scores = torch.zeros_like(sees, dtype=q.dtype).masked_fill(~sees, float("-inf"))
+    if sinks is not None:  # one more position, whose key and value are zero
+        k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
+        of_sinks = sinks.to(q.dtype)[:, None, None].expand(-1, n_new, 1)
+        scores = torch.cat([scores.expand(len(sinks), -1, -1), of_sinks], dim=-1)  # (H, S, L + 1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=scores, **options)
+
+
 class Attention(nn.Module):
     """Grouped-query attention: `n_heads` queries share `n_kv_heads` keys and values.
 
@@ -30,22 +82,27 @@ class Attention(nn.Module):
     normalised before RoPE turns them, each head by itself (Qwen3) or all heads as one row (OLMoE).
     """
 
-    def __init__(self, config: LMConfig) -> None:
+    def __init__(self, config: LMConfig, window: int | None = None) -> None:
         super().__init__()
         self.n_heads, self.n_kv_heads, self.d_head = config.n_heads, config.n_kv_heads, config.d_head
-        self.rope_theta = config.rope_theta
-        self.w_q = nn.Linear(config.d_model, config.n_heads * config.d_head, bias=False)
-        self.w_k = nn.Linear(config.d_model, config.n_kv_heads * config.d_head, bias=False)
-        self.w_v = nn.Linear(config.d_model, config.n_kv_heads * config.d_head, bias=False)
-        self.w_o = nn.Linear(config.n_heads * config.d_head, config.d_model, bias=False)
+        self.rope_theta, self.window = config.rope_theta, window
+        self.w_q = nn.Linear(config.d_model, config.n_heads * config.d_head, bias=config.qkv_bias)
+        self.w_k = nn.Linear(config.d_model, config.n_kv_heads * config.d_head, bias=config.qkv_bias)
+        self.w_v = nn.Linear(config.d_model, config.n_kv_heads * config.d_head, bias=config.qkv_bias)
+        self.w_o = nn.Linear(config.n_heads * config.d_head, config.d_model, bias=config.output_bias)
+        self.sinks = nn.Parameter(torch.zeros(config.n_heads)) if config.attention_sinks else None
         self.qk_norm = config.qk_norm
         if config.qk_norm != "none":
             heads = (1, 1) if config.qk_norm == "head" else (config.n_heads, config.n_kv_heads)
             self.q_norm, self.k_norm = (nn.RMSNorm(n * config.d_head, eps=config.norm_eps) for n in heads)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, S, D) to (B, S, D); position s sees positions 0 … s."""
+    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
+        """(B, S, D) to (B, S, D); a position sees itself, those before it in x, and those in the cache.
+
+        The cache keeps keys and values, 2 · n_kv_heads · d_head numbers for each position.
+        """
         batch, length, _ = x.shape
+        n_seen = cache.n_seen if cache else 0
         q, k = self.w_q(x), self.w_k(x)
         if self.qk_norm == "all":
             q, k = self.q_norm(q), self.k_norm(k)
@@ -54,12 +111,77 @@ class Attention(nn.Module):
         if self.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         v = self.w_v(x).view(batch, length, self.n_kv_heads, self.d_head).transpose(1, 2)
-        angles = rotary_angles(length, self.d_head, self.rope_theta, x.device)
-        mixed = F.scaled_dot_product_attention(
-            rotate(q, angles),
-            rotate(k, angles),
-            v,
-            is_causal=True,
-            enable_gqa=self.n_kv_heads != self.n_heads,
-        )
+        angles = rotary_angles(n_seen + length, self.d_head, self.rope_theta, x.device)[n_seen:]
+        q, k = rotate(q, angles), rotate(k, angles)
+        if cache is not None:
+            k, v = cache.extend(k, v, window=self.window)
+        mixed = attend(q, k, v, window=self.window, sinks=self.sinks)
         return self.w_o(mixed.transpose(1, 2).reshape(batch, length, self.n_heads * self.d_head))
+
+
+class MLA(nn.Module):
+    """Multi-head latent attention: the keys and values of all heads are read from one short vector per token.
+
+    With c = norm(W_DKV x), head h has keys W_UK_h c and values W_UV_h c. RoPE would stand between W_UK and the query's
+    matrix, so a part of every query and one key for all heads are turned, and the rest is not. A cache keeps c and the
+    turned key alone.
+
+    Source: DeepSeek-AI 2024 (DeepSeek-V2, arXiv 2405.04434), section 2.1 and appendix C, whose names the weights have:
+    D for down, U for up.
+    """
+
+    def __init__(self, config: LMConfig) -> None:
+        super().__init__()
+        mla = config.mla
+        self.n_heads, self.rope_theta, self.config = config.n_heads, config.rope_theta, mla
+        width = config.n_heads * (mla.d_nope + mla.d_rope)
+        if mla.q_rank is None:
+            self.w_q = nn.Linear(config.d_model, width, bias=False)
+        else:
+            self.w_dq = nn.Linear(config.d_model, mla.q_rank, bias=False)
+            self.q_norm = nn.RMSNorm(mla.q_rank, eps=config.norm_eps)
+            self.w_uq = nn.Linear(mla.q_rank, width, bias=False)
+        self.w_dkv = nn.Linear(config.d_model, mla.kv_rank + mla.d_rope, bias=False)  # W_DKV above W_KR
+        self.kv_norm = nn.RMSNorm(mla.kv_rank, eps=config.norm_eps)
+        self.w_ukv = nn.Linear(mla.kv_rank, config.n_heads * (mla.d_nope + mla.d_value), bias=False)  # W_UK above W_UV
+        self.w_o = nn.Linear(config.n_heads * mla.d_value, config.d_model, bias=False)
+
+    def forward(self, x: Tensor, cache: Cache | None = None, *, absorb: bool = False) -> Tensor:
+        """(B, S, D) to (B, S, D); a position sees itself, those before it in x, and those in the cache.
+
+        The cache keeps kv_rank + d_rope numbers for each position.
+
+        Args:
+            absorb: carry queries into the latent space rather than keys and values out of it: the same result, and
+                less work where few new positions look at many.
+        """
+        mla, (batch, length, _) = self.config, x.shape
+        n_seen = cache.n_seen if cache else 0
+        q = self.w_q(x) if mla.q_rank is None else self.w_uq(self.q_norm(self.w_dq(x)))
+        q = q.view(batch, length, self.n_heads, -1).transpose(1, 2)
+        q_nope, q_rope = q.split([mla.d_nope, mla.d_rope], dim=-1)  # (B, H, S, d_nope), (B, H, S, d_rope)
+        latent, k_rope = self.w_dkv(x).split([mla.kv_rank, mla.d_rope], dim=-1)
+        latent = self.kv_norm(latent)  # (B, S, kv_rank)
+        angles = rotary_angles(n_seen + length, mla.d_rope, self.rope_theta, x.device)[n_seen:]
+        q_rope, k_rope = rotate(q_rope, angles), rotate(k_rope, angles)
+        if cache is not None:
+            latent, k_rope = cache.extend(latent, k_rope)
+        mix = self._in_latent_space if absorb else self._in_heads
+        mixed = mix(q_nope, q_rope, latent, k_rope)  # (B, H, S, d_value)
+        return self.w_o(mixed.transpose(1, 2).flatten(2))
+
+    def _in_heads(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor) -> Tensor:
+        """As the definition says: keys and values of every head first."""
+        mla = self.config
+        of_heads = self.w_ukv(latent).view(*latent.shape[:2], self.n_heads, -1).transpose(1, 2)
+        k_nope, v = of_heads.split([mla.d_nope, mla.d_value], dim=-1)
+        k = torch.cat([k_nope, k_rope[:, None].expand(-1, self.n_heads, -1, -1)], dim=-1)
+        return attend(torch.cat([q_nope, q_rope], dim=-1), k, v)
+
+    def _in_latent_space(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor) -> Tensor:
+        """q · (W_UK c) = (W_UKᵀ q) · c: one key and one value for all heads, both of them c."""
+        mla = self.config
+        w_uk, w_uv = self.w_ukv.weight.view(self.n_heads, -1, mla.kv_rank).split([mla.d_nope, mla.d_value], dim=1)
+        q = torch.cat([q_nope @ w_uk, q_rope], dim=-1)  # (B, H, S, kv_rank + d_rope)
+        k = torch.cat([latent, k_rope], dim=-1)[:, None]
+        return attend(q, k, latent[:, None], scale=(mla.d_nope + mla.d_rope) ** -0.5) @ w_uv.mT

@@ -193,6 +193,38 @@ class MoEConfig(RouterConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class MLAConfig:
+    """Multi-head latent attention: all heads' keys and values come from one short vector per token.
+
+    Args:
+        kv_rank: the width of that vector.
+        q_rank: queries come from a short vector, too, of this width; None takes them from the token itself.
+        d_nope, d_rope: a head's query and key have a part that RoPE leaves alone and a part that it turns; the turned
+            part of the key is the same for all heads.
+        d_value: the width of a head's value.
+
+    Raises:
+        ValueError: a field that cannot be, with its name, its value and what was expected.
+    """
+
+    kv_rank: int
+    d_nope: int
+    d_rope: int
+    d_value: int
+    q_rank: int | None = None
+
+    def __post_init__(self) -> None:
+        _require_positive_int(self, "kv_rank", "d_nope", "d_rope", "d_value")
+        _require(self.d_rope % 2 == 0, "d_rope", self.d_rope, "an even number (RoPE turns pairs)")
+        if self.q_rank is not None:
+            _require_positive_int(self, "q_rank")
+
+    def but(self, **changes: object) -> Self:
+        """The same configuration with some fields changed, validated again."""
+        return replace(self, **changes)
+
+
+@dataclass(frozen=True, kw_only=True)
 class LMConfig:
     """A decoder-only language model, LLaMA's layout: RMSNorm, RoPE, grouped-query attention, an FFN per layer.
 
@@ -200,8 +232,15 @@ class LMConfig:
     LLaMA does not have are for models of a few hundred kilobytes: `conv_width` puts a short causal convolution
     on the embeddings (0 leaves it out), `tied_embeddings` uses one table for input and output.
 
-    With `moe`, every layer's FFN is a layer of experts, except the first `n_dense_layers`, which keep an FFN of width
-    `d_ff`. `qk_norm` puts an RMSNorm on queries and keys: on each "head" (Qwen3), or on "all" heads at once (OLMoE).
+    Args:
+        moe: every layer's FFN is a layer of experts, except the first `n_dense_layers`, which keep an FFN of width
+            `d_ff`. With `moe_every`, only every so-manieth layer has experts, counted from 1 over all layers (Llama 4).
+        mla: latent attention (DeepSeek) in place of grouped queries; `d_head` is then that of queries and keys.
+        qk_norm: an RMSNorm on queries and keys: on each "head" (Qwen3), or on "all" heads at once (OLMoE).
+        qkv_bias, output_bias: attention's matrices have biases (Qwen2, gpt-oss).
+        attention_sinks: a learned score per head that takes part in attention's softmax and has no value (gpt-oss).
+        window: how many positions attention sees, its own among them; None for all. Every `full_every`-th layer,
+            counted from 1, sees all nevertheless (0: none does).
 
     Raises:
         ValueError: a field that cannot be, with its name, its value and what was expected.
@@ -219,14 +258,24 @@ class LMConfig:
     tied_embeddings: bool = False
     moe: MoEConfig | None = None
     n_dense_layers: int = 0
+    moe_every: int = 1
+    mla: MLAConfig | None = None
     qk_norm: str = "none"
+    qkv_bias: bool = False
+    output_bias: bool = False
+    attention_sinks: bool = False
+    window: int | None = None
+    full_every: int = 0
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
-        _require_positive_int(self, "d_model", "n_layers", "n_heads", "d_ff", "vocab_size")
+        _require_positive_int(self, "d_model", "n_layers", "n_heads", "d_ff", "vocab_size", "moe_every")
         if self.n_kv_heads is None:
             object.__setattr__(self, "n_kv_heads", self.n_heads)
+        _require_bool(self, "qkv_bias", "output_bias", "attention_sinks", "tied_embeddings")
+        _require_one_of(self, "qk_norm", QK_NORMS)
+        _require_mla_fits(self)
         if self.d_head is None:
             fits = self.d_model % self.n_heads == 0
             expected = f"a divisor of d_model={self.d_model}, or an explicit d_head"
@@ -237,27 +286,56 @@ class LMConfig:
         _require(divides, "n_kv_heads", self.n_kv_heads, f"a divisor of n_heads={self.n_heads}")
         _require(self.d_head % 2 == 0, "d_head", self.d_head, "an even number (RoPE turns pairs)")
         _require_one_of(self, "ffn", FFN_KINDS)
-        _require_one_of(self, "qk_norm", QK_NORMS)
-        _require_count(self, "conv_width", "n_dense_layers")
+        _require_count(self, "conv_width", "n_dense_layers", "full_every")
+        if self.window is not None:
+            _require_positive_int(self, "window")
+        has_window = self.window is not None or not self.full_every
+        _require(has_window, "full_every", self.full_every, "0 where there is no window")
         _require_moe_fits(self)
-        _require_bool(self, "tied_embeddings")
         _require_positive(self, "rope_theta", "norm_eps")
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether this layer, counted from 0, has experts."""
+        return self.moe is not None and layer >= self.n_dense_layers and (layer + 1) % self.moe_every == 0
 
     @property
     def n_moe_layers(self) -> int:
-        """How many layers have experts; they are the last ones."""
-        return self.n_layers - self.n_dense_layers if self.moe else 0
+        """How many layers have experts."""
+        return sum(map(self.has_experts, range(self.n_layers)))
+
+    def window_of(self, layer: int) -> int | None:
+        """How many positions this layer, counted from 0, sees; None for all."""
+        return None if self.full_every and (layer + 1) % self.full_every == 0 else self.window
 
     def but(self, **changes: object) -> Self:
         """The same configuration with some fields changed, validated again.
 
         Heads that were as by default are worked out anew.
         """
-        if self.n_kv_heads == self.n_heads:
+        is_latent = self.mla or changes.get("mla")  # whose heads follow from it
+        if self.n_kv_heads == self.n_heads or is_latent:
             changes = {"n_kv_heads": None} | changes
-        if self.n_heads * self.d_head == self.d_model:
+        if self.n_heads * self.d_head == self.d_model or is_latent:
             changes = {"d_head": None} | changes
         return replace(self, **changes)
+
+
+def _require_mla_fits(config: LMConfig) -> None:
+    """Latent attention has heads of its own making: what says otherwise is refused."""
+    mla = config.mla
+    _require(mla is None or isinstance(mla, MLAConfig), "mla", mla, "an MLAConfig, or None for grouped queries")
+    if mla is None:
+        return
+    if config.d_head is None:
+        object.__setattr__(config, "d_head", mla.d_nope + mla.d_rope)
+    expected = f"d_nope + d_rope = {mla.d_nope + mla.d_rope}, as mla says"
+    _require(config.d_head == mla.d_nope + mla.d_rope, "d_head", config.d_head, expected)
+    all_heads = f"n_heads={config.n_heads}, for latent attention shares no heads"
+    _require(config.n_kv_heads == config.n_heads, "n_kv_heads", config.n_kv_heads, all_heads)
+    _require(config.qk_norm == "none", "qk_norm", config.qk_norm, "'none', for mla normalises in its own way")
+    for name in ("qkv_bias", "output_bias", "attention_sinks"):
+        _require(not getattr(config, name), name, True, "False with mla")
+    _require(config.window is None, "window", config.window, "None with mla")
 
 
 def _require_moe_fits(config: LMConfig) -> None:
@@ -265,10 +343,53 @@ def _require_moe_fits(config: LMConfig) -> None:
     _require(moe is None or isinstance(moe, MoEConfig), "moe", moe, "a MoEConfig, or None for a dense model")
     if moe is None:
         _require(config.n_dense_layers == 0, "n_dense_layers", config.n_dense_layers, "0 where there is no moe")
+        _require(config.moe_every == 1, "moe_every", config.moe_every, "1 where there is no moe")
         return
     _require(moe.d_model == config.d_model, "moe.d_model", moe.d_model, f"the model's d_model={config.d_model}")
     expected = f"at most n_layers={config.n_layers}"
     _require(config.n_dense_layers <= config.n_layers, "n_dense_layers", config.n_dense_layers, expected)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwitchConfig:
+    """An encoder-decoder with T5's layout, as Switch Transformers are; to be counted, not to be built.
+
+    Args:
+        n_encoder_layers, n_decoder_layers: a decoder layer has two attentions, the second over the encoder's output.
+        n_experts: in every `moe_every`-th layer of both; 0 for T5 itself. A token visits one of them.
+        gated: FFNs have three matrices (GEGLU), not two.
+
+    Raises:
+        ValueError: a field that cannot be, with its name, its value and what was expected.
+    """
+
+    d_model: int
+    d_ff: int
+    n_heads: int
+    d_head: int
+    n_encoder_layers: int
+    n_decoder_layers: int
+    n_experts: int = 0
+    moe_every: int = 2
+    gated: bool = False
+    tied_embeddings: bool = True
+    vocab_size: int = 32_128
+
+    def __post_init__(self) -> None:
+        _require_positive_int(self, "d_model", "d_ff", "n_heads", "d_head", "n_encoder_layers", "n_decoder_layers")
+        _require_positive_int(self, "moe_every", "vocab_size")
+        _require_count(self, "n_experts")
+        _require_bool(self, "gated", "tied_embeddings")
+
+    @property
+    def n_moe_layers(self) -> int:
+        """How many layers of encoder and decoder together have experts."""
+        layers = self.n_encoder_layers // self.moe_every + self.n_decoder_layers // self.moe_every
+        return layers if self.n_experts else 0
+
+    def but(self, **changes: object) -> Self:
+        """The same configuration with some fields changed, validated again."""
+        return replace(self, **changes)
 
 
 @dataclass(frozen=True, kw_only=True)

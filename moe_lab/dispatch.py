@@ -5,7 +5,6 @@ Neither direction adds into shared places, so that the same input gives the same
 each is the other: `permute` backward is a sum over a token's rows, `combine` backward copies tokens into rows.
 """
 
-import math
 from dataclasses import replace
 from fractions import Fraction
 
@@ -24,7 +23,7 @@ def expert_capacity(n_tokens: int, top_k: int, n_experts: int, capacity_factor: 
     Source: Fedus et al. 2021 (Switch), equation 3, for k = 1; Lepikhin et al. 2020 (GShard) for k = 2.
     """
     exact = Fraction(str(capacity_factor))  # in floats 100 · 1.1 / 10 is a little over 11, and rounds up to 12
-    return math.ceil(n_tokens * top_k * exact / n_experts)
+    return -(-n_tokens * top_k * exact.numerator // (n_experts * exact.denominator))
 
 
 def expert_offsets(sorted_experts: Tensor, n_experts: int) -> Tensor:

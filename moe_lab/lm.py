@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moe_lab.attention import Attention
+from moe_lab.attention import MLA, Attention
 from moe_lab.config import LMConfig
 from moe_lab.experts import Experts
 from moe_lab.ffn import make_ffn
@@ -43,10 +43,11 @@ class CausalConv(nn.Module):
 class Block(nn.Module):
     """One decoder block: attention, then the FFN or the experts, each on a normalised copy and added back."""
 
-    def __init__(self, config: LMConfig, is_moe: bool = False) -> None:
+    def __init__(self, config: LMConfig, layer: int = 0) -> None:
         super().__init__()
+        is_moe = config.has_experts(layer)
         self.attention_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
-        self.attention = Attention(config)
+        self.attention = MLA(config) if config.mla else Attention(config, config.window_of(layer))
         self.ffn_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         make_experts = ExpertChoiceMoE if is_moe and config.moe.expert_choice else MoE
         self.ffn = make_experts(config.moe) if is_moe else make_ffn(config)
@@ -66,9 +67,7 @@ class LM(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.conv = CausalConv(config.d_model, config.conv_width) if config.conv_width else nn.Identity()
-        self.blocks = nn.ModuleList(
-            Block(config, is_moe=layer >= config.n_layers - config.n_moe_layers) for layer in range(config.n_layers)
-        )
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if config.tied_embeddings:

@@ -26,7 +26,7 @@ PARAMETERS = {
     "moe_2m": (1_844_736, 468_480),
     "moe_10m": (10_776_576, 2_519_040),
     "moe_30m": (31_710_720, 6_938_112),
-    "moe_100m": (108_810_752, 25_547_264),
+    "moe_100m": (108_811_104, 25_547_616),
 }
 
 
@@ -44,7 +44,8 @@ def test_parameters_are_as_many_as_counted_and_as_many_as_built(name):
     assert count_parameters(config, active=True).total == active
     with torch.device("meta"):
         model = LM(config)
-    assert sum(weight.numel() for weight in model.parameters()) == total
+    biases = [b for name, b in model.named_buffers() if name.endswith("selection_bias")]  # learned, no parameters
+    assert sum(weight.numel() for weight in (*model.parameters(), *biases)) == total
     idle = sum(
         weight.numel() // config.moe.n_experts * (config.moe.n_experts - config.moe.top_k)
         for layer in model.moe_layers

@@ -12,9 +12,9 @@ PACKAGE = Path(__file__).parent.parent / "moe_lab"
 
 # Each module may import those before it; `course`, `viz` and `cli` may import everything.
 ORDER = [
-    *("paths", "config", "plain", "machine", "accounting", "presets", "records", "ops", "ffn", "routing", "dispatch"),
-    *("experts", "moe", "attention", "data", "lm", "balance", "train", "checkpoints", "hugging_face", "experiments"),
-    "parallel",
+    *("paths", "config", "plain", "machine", "accounting", "presets", "roofline"),
+    *("records", "ops", "ffn", "routing", "dispatch", "experts", "moe", "attention", "data", "lm", "balance", "train"),
+    *("checkpoints", "hugging_face", "experiments", "parallel"),
 ]
 ON_TOP = ("viz", "bench", "gpu", "runs", "course", "cli", "__main__")
 
@@ -60,7 +60,7 @@ HEAVY = {"torch", "triton", "matplotlib", "ipywidgets", "IPython", "numpy", "jup
     ("statement", "must_not_load"),
     [
         ("import moe_lab", HEAVY),
-        ("import moe_lab.accounting, moe_lab.presets", HEAVY),
+        ("import moe_lab.accounting, moe_lab.presets, moe_lab.roofline", HEAVY),
         ("import moe_lab.cli", HEAVY),
         ("import moe_lab.train, moe_lab.lm, moe_lab.moe", {"triton", "matplotlib", "ipywidgets", "IPython"}),
     ],

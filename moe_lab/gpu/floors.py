@@ -6,6 +6,7 @@
 from dataclasses import dataclass
 
 from moe_lab.bench.layers import Shape
+from moe_lab.roofline import GPUS
 
 BYTES = 2  # of a bf16 number
 
@@ -30,9 +31,7 @@ class Rates:
     bytes: float
 
 
-# NVIDIA H200 Tensor Core GPU, datasheet (https://www.nvidia.com/en-us/data-center/h200/): 1,979 TFLOPS in bf16 with
-# sparsity, which is twice the dense rate, and 4.8 TB/s.
-H200 = Rates("H200, datasheet", 1979e12 / 2, 4.8e12)
+H200 = Rates("H200, datasheet", GPUS["H200"].rate("bf16"), GPUS["H200"].bytes_per_second)
 
 
 @dataclass(frozen=True)

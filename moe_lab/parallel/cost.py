@@ -13,20 +13,19 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from moe_lab import presets
 from moe_lab.accounting import (
+    BYTES,
+    FP8_BLOCK,
     Parts,
     count_flops,
     count_parameters,
     expert_parameters,
-    router_parameters,
     shared_expert_parameters,
 )
 from moe_lab.config import LMConfig, MoEConfig, RouterConfig
-from moe_lab.presets import MOE_FAMILIES
 
 FORMS = ("per_assignment", "per_rank", "across_then_within")
-BYTES = {"fp32": 4, "bf16": 2, "fp8": 1}
-FP8_BLOCK = 128  # values that share an fp32 scale: DeepSeek-V3 (2024), section 3.3.2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -373,7 +372,7 @@ def layer_time(
             rows back.
     """
     if other_flops is None:
-        other_flops = 2.0 * (router_parameters(moe) + shared_expert_parameters(moe))
+        other_flops = 2.0 * (moe.n_experts * moe.d_model + shared_expert_parameters(moe))
     copies = travel.copies(cluster, moe, n_ranks)
     dispatch, combine = (
         fullest * exchange_seconds(cluster, copies, row_bytes(moe.d_model, number), tokens)
@@ -433,28 +432,7 @@ def model_of(name: str, config: LMConfig, sequence: int = 4096) -> Model:
     )
 
 
-# DeepSeek-V3 (2024), section 4.2, and the released config_671B.json. `LMConfig` has no latent attention (MLA), so what
-# is not a routed expert is given here: parameters from the released weights, FLOPs at 4,096 tokens of
-# 61 layers' attention (187,105,280 parameters), 3 dense FFNs, 58 routers and shared experts, the head, and the scores.
-DEEPSEEK_V3 = Model(
-    name="DeepSeek-V3",
-    moe=MoEConfig(
-        d_model=7168,
-        d_ff=2048,
-        n_experts=256,
-        top_k=8,
-        n_shared_experts=1,
-        n_groups=8,
-        groups_kept=4,
-        scaling_factor=2.5,
-        **MOE_FAMILIES["deepseek_v3"],
-    ),
-    n_layers=61,
-    n_moe_layers=58,
-    other_parameters=17_117_648_384,
-    other_flops=2.0 * (61 * 187_105_280 + 3 * 3 * 7168 * 18_432 + 58 * (256 + 3 * 2048) * 7168 + 129_280 * 7168)
-    + 61 * 2 * 128 * (192 + 128) * 4097 / 2,
-)
+DEEPSEEK_V3 = model_of("DeepSeek-V3", presets.DEEPSEEK_V3)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,149 @@
+"""How long a GPU needs at least: operations over one rate, bytes over another. Plain Python, without torch.
+
+Rates are what makers state for dense products, which no program reaches; so times are floors, and ratios of them mean
+more than they do.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Self
+
+from moe_lab.accounting import bytes_of, cache_bytes, count_flops, decode_flops, decode_reads
+from moe_lab.config import LMConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """What a GPU's maker states.
+
+    Args:
+        memory: bytes.
+        bytes_per_second: of that memory.
+        operations: per second in dense products, by the format of the numbers.
+        source: where it is stated.
+    """
+
+    name: str
+    memory: float
+    bytes_per_second: float
+    operations: Mapping[str, float]
+    source: str
+
+    def rate(self, number: str) -> float:
+        """Operations per second in a format.
+
+        Raises:
+            ValueError: its matrix units do not take this format.
+        """
+        if number not in self.operations:
+            raise ValueError(f"number={number!r}: the {self.name} multiplies {', '.join(self.operations)}.")
+        return self.operations[number]
+
+    def balance(self, number: str = "bf16") -> float:
+        """Operations that it can do while it reads one byte."""
+        return self.rate(number) / self.bytes_per_second
+
+    def busy_rows(self, number: str = "bf16") -> float:
+        """With how many rows a matrix, read once, keeps it computing: two operations per weight and row."""
+        return self.balance(number) * bytes_of(number) / 2
+
+
+# Makers print the rate with "sparsity", twice the dense one that is meant here, unless a line says otherwise.
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu(
+            name="RTX 4090",
+            memory=24e9,
+            bytes_per_second=1.008e12,
+            operations={"bf16": 165.2e12, "fp8": 330.3e12},
+            source="NVIDIA Ada GPU Architecture, white paper, appendix A (dense, fp32 sums)",
+        ),
+        Gpu(
+            name="A100",
+            memory=80e9,
+            bytes_per_second=2.039e12,
+            operations={"bf16": 624e12 / 2},
+            source="NVIDIA A100 Tensor Core GPU, data sheet (80 GB SXM)",
+        ),
+        Gpu(
+            name="H100",
+            memory=80e9,
+            bytes_per_second=3.35e12,
+            operations={"bf16": 1979e12 / 2, "fp8": 3958e12 / 2},
+            source="NVIDIA H100 Tensor Core GPU, data sheet (SXM)",
+        ),
+        Gpu(
+            name="H200",
+            memory=141e9,
+            bytes_per_second=4.8e12,
+            operations={"bf16": 1979e12 / 2, "fp8": 3958e12 / 2},
+            source="NVIDIA H200 Tensor Core GPU, data sheet (SXM)",
+        ),
+        Gpu(
+            name="B200",
+            memory=180e9,
+            bytes_per_second=8e12,
+            operations={"bf16": 36e15 / 16, "fp8": 72e15 / 16},
+            source="NVIDIA HGX B200, data sheet (eight GPUs: 1.44 TB, 64 TB/s)",
+        ),
+        Gpu(
+            name="MI300X",
+            memory=192e9,
+            bytes_per_second=5.3e12,
+            operations={"bf16": 1307.4e12, "fp8": 2614.9e12},
+            source="AMD Instinct MI300X, data sheet (dense)",
+        ),
+    )
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """Operations (a multiply-add is two), and the bytes of memory that they cannot do without."""
+
+    flops: float
+    bytes: float
+
+    @property
+    def intensity(self) -> float:
+        """Operations per byte."""
+        return self.flops / self.bytes
+
+    def seconds(self, gpu: Gpu, number: str = "bf16") -> float:
+        """The longer of computing and reading; they go on at the same time."""
+        return max(self.flops / gpu.rate(number), self.bytes / gpu.bytes_per_second)
+
+    def reached(self, gpu: Gpu, number: str = "bf16") -> float:
+        """Operations per second at most: the roofline at this intensity."""
+        return min(gpu.rate(number), self.intensity * gpu.bytes_per_second)
+
+    def __add__(self, other: Self) -> Self:
+        return type(self)(flops=self.flops + other.flops, bytes=self.bytes + other.bytes)
+
+
+def prefill(config: LMConfig, tokens: int, batch: int = 1, number: str = "bf16") -> Work:
+    """Reading `batch` prompts of `tokens`: every weight that is touched is read once, the cache is written."""
+    return Work(
+        flops=batch * count_flops(config, tokens).total,
+        bytes=decode_reads(config, batch * tokens) * bytes_of(number) + batch * cache_bytes(config, tokens),
+    )
+
+
+def decode(config: LMConfig, batch: int, context: int, number: str = "bf16") -> Work:
+    """One new token for each of `batch` sequences with `context` positions behind it, in a bf16 cache.
+
+    Experts as in `distinct_experts`; the cache is read, and what is added to it left out.
+    """
+    return Work(
+        flops=batch * decode_flops(config, context),
+        bytes=decode_reads(config, batch) * bytes_of(number) + batch * cache_bytes(config, context),
+    )
+
+
+def utilisation(flops: float, gpu_hours: float, gpu: Gpu, number: str = "bf16") -> float:
+    """Which share of the stated rate a training run reached, 0 to 1: model FLOPs utilisation.
+
+    Source: Chowdhery et al. 2022 (PaLM), section 4.1.
+    """
+    return flops / (gpu_hours * 3600 * gpu.rate(number))
