@@ -48,12 +48,13 @@ class _Theirs(nn.Module):
 def models(config: LMConfig) -> dict[str, Callable[[], LM]]:
     """What is compared, each as a function that builds it; transformers' block only where it is installed."""
     moe = config.moe
-    dense = config.but(moe=None, n_dense_layers=0)
+    dense = config.but(moe=None, n_dense_layers=0, moe_every=1)
 
     def theirs() -> LM:
         model = LM(config)
-        for block in model.blocks[config.n_dense_layers :]:
-            block.ffn = _Theirs(block.ffn)
+        for block in model.blocks:
+            if isinstance(block.ffn, MoE):
+                block.ffn = _Theirs(block.ffn)
         return model
 
     found = {
