@@ -118,6 +118,10 @@ class Work:
         """Operations per second at most: the roofline at this intensity."""
         return min(gpu.rate(number), self.intensity * gpu.bytes_per_second)
 
+    def __str__(self) -> str:
+        sizes = f"{self.flops / 1e12:.4g} TFLOP, {self.bytes / 1e9:.4g} GB"
+        return f"{sizes}: {self.intensity:.4g} operations per byte"
+
     def __add__(self, other: Self) -> Self:
         return type(self)(flops=self.flops + other.flops, bytes=self.bytes + other.bytes)
 
@@ -139,6 +143,17 @@ def decode(config: LMConfig, batch: int, context: int, number: str = "bf16") -> 
         flops=batch * decode_flops(config, context),
         bytes=decode_reads(config, batch) * bytes_of(number) + batch * cache_bytes(config, context),
     )
+
+
+def gpu_hours(flops: float, gpu: Gpu, share: float, number: str = "bf16") -> float:
+    """Hours of one GPU for so many operations, at a share of its stated rate; times a price per hour it is the bill.
+
+    Raises:
+        ValueError: a share that is not above 0 and at most 1.
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"share={share}: expected more than 0 and at most 1.")
+    return flops / (gpu.rate(number) * share) / 3600
 
 
 def utilisation(flops: float, gpu_hours: float, gpu: Gpu, number: str = "bf16") -> float:

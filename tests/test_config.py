@@ -1,6 +1,15 @@
 import pytest
 
-from moe_lab.config import BalanceConfig, LMConfig, MoEConfig, RouterConfig, RunConfig, TrainConfig
+from moe_lab.config import (
+    BalanceConfig,
+    LMConfig,
+    MLAConfig,
+    MoEConfig,
+    RouterConfig,
+    RunConfig,
+    SwitchConfig,
+    TrainConfig,
+)
 
 SMALL = {"d_model": 8, "n_layers": 1, "n_heads": 2, "d_ff": 16}
 ROUTER = {"d_model": 8, "n_experts": 6, "top_k": 2}
@@ -136,6 +145,74 @@ def test_a_model_that_cannot_be_is_refused_where_it_is_made(changes, message):
 def test_a_training_run_that_cannot_be_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         TrainConfig(**changes)
+
+
+LATENT = MLAConfig(kv_rank=6, d_nope=4, d_rope=2, d_value=3)
+ATTENTION_RULES = [
+    ({"mla": 3}, r"mla=3: expected an MLAConfig, or None for grouped queries"),
+    ({"mla": LATENT, "d_head": 4}, r"d_head=4: expected d_nope \+ d_rope = 6, as mla says"),
+    ({"mla": LATENT, "n_kv_heads": 1}, r"n_kv_heads=1: expected n_heads=2, for latent attention shares no heads"),
+    ({"mla": LATENT, "qk_norm": "head"}, r"qk_norm='head': expected 'none', for mla normalises in its own way"),
+    ({"mla": LATENT, "qkv_bias": True}, r"qkv_bias=True: expected False with mla"),
+    ({"mla": LATENT, "output_bias": True}, r"output_bias=True: expected False with mla"),
+    ({"mla": LATENT, "attention_sinks": True}, r"attention_sinks=True: expected False with mla"),
+    ({"mla": LATENT, "window": 4}, r"window=4: expected None with mla"),
+    ({"qkv_bias": 1}, r"qkv_bias=1: expected True or False"),
+    ({"window": 0}, r"window=0: expected a positive integer"),
+    ({"window": 4, "full_every": -1}, r"full_every=-1: expected an integer of 0 or more"),
+    ({"full_every": 2}, r"full_every=2: expected 0 where there is no window"),
+    ({"moe_every": 2}, r"moe_every=2: expected 1 where there is no moe"),
+    ({"moe_every": 0, "moe": EXPERTS}, r"moe_every=0: expected a positive integer"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), ATTENTION_RULES)
+def test_attention_that_cannot_be_is_refused(changes, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        LMConfig(**SMALL | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kv_rank": 0}, r"kv_rank=0: expected a positive integer"),
+        ({"q_rank": 0}, r"q_rank=0: expected a positive integer"),
+        ({"d_rope": 3}, r"d_rope=3: expected an even number"),
+        ({"d_value": 1.5}, r"d_value=1\.5: expected a positive integer"),
+    ],
+)
+def test_latent_attention_that_cannot_be_is_refused(changes, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        LATENT.but(**changes)
+
+
+def test_heads_of_latent_attention_follow_from_it():
+    config = LMConfig(**SMALL).but(mla=LATENT)
+    assert (config.n_kv_heads, config.d_head) == (2, 6)
+    wider = config.but(n_heads=5, mla=LATENT.but(d_rope=8))
+    assert (wider.n_kv_heads, wider.d_head) == (5, 12)
+    assert config.but(mla=None) == LMConfig(**SMALL)
+    grouped = LMConfig(**SMALL, n_kv_heads=1, d_head=6)
+    assert grouped.but(mla=LATENT) == config
+
+
+def test_which_layers_have_experts_and_which_see_all():
+    config = LMConfig(**SMALL | {"n_layers": 6}, moe=EXPERTS, n_dense_layers=1, moe_every=2, window=3, full_every=3)
+    assert [config.has_experts(layer) for layer in range(6)] == [False, True] * 3
+    assert config.n_moe_layers == 3
+    assert [config.window_of(layer) for layer in range(6)] == [3, 3, None, 3, 3, None]
+    assert [config.but(full_every=0).window_of(layer) for layer in range(3)] == [3, 3, 3]
+    assert config.but(n_dense_layers=2).n_moe_layers == 2
+    dense = LMConfig(**SMALL)
+    assert (dense.n_moe_layers, dense.has_experts(0), dense.window_of(0)) == (0, False, None)
+
+
+def test_an_encoder_decoder_that_cannot_be_is_refused():
+    sizes = {"d_model": 8, "d_ff": 4, "n_heads": 2, "d_head": 4, "n_encoder_layers": 3, "n_decoder_layers": 4}
+    assert SwitchConfig(**sizes, n_experts=2).n_moe_layers == 1 + 2
+    for changes, message in (({"n_experts": -1}, "n_experts=-1"), ({"gated": 1}, "gated=1"), ({"d_ff": 0}, "d_ff=0")):
+        with pytest.raises(ValueError, match=f"^{message}: expected"):
+            SwitchConfig(**sizes | changes)
 
 
 def test_heads_default_to_multi_head_attention():

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from moe_lab.config import BalanceConfig, LMConfig, MoEConfig, RouterConfig, RunConfig, TrainConfig
 from moe_lab.plain import differences, from_plain, to_plain
-from moe_lab.presets import DENSE_BASELINE, MOE_BASELINE, REAL_MODELS, REAL_MOE_MODELS
+from moe_lab.presets import DENSE_BASELINE, MOE_BASELINE, PRESETS
 
 PROPERTY = settings(max_examples=60, deadline=None, derandomize=True)
 DENSE = {"d_model": 8, "n_layers": 1, "n_heads": 2, "d_ff": 16}
@@ -71,7 +71,7 @@ def test_what_is_made_plain_reads_back_the_same_through_yaml_and_json(config):
 
 
 @pytest.mark.parametrize(
-    "config", [*REAL_MODELS.values(), *REAL_MOE_MODELS.values(), DENSE_BASELINE, MOE_BASELINE, TrainConfig()]
+    "config", [*(preset.config for preset in PRESETS.values()), DENSE_BASELINE, MOE_BASELINE, TrainConfig()]
 )
 def test_every_preset_survives(config):
     assert from_plain(type(config), json.loads(json.dumps(to_plain(config)))) == config

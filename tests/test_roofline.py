@@ -2,7 +2,7 @@ import pytest
 
 from moe_lab.accounting import cache_bytes, count_flops, decode_flops, decode_reads, six_nd, training_flops_per_token
 from moe_lab.presets import PRESETS
-from moe_lab.roofline import GPUS, Gpu, Work, decode, prefill, utilisation
+from moe_lab.roofline import GPUS, Gpu, Work, decode, gpu_hours, prefill, utilisation
 
 V3 = PRESETS["DeepSeek-V3"].config
 TOY = Gpu(name="toy", memory=1e9, bytes_per_second=10.0, operations={"bf16": 100.0}, source="none")
@@ -50,3 +50,15 @@ def test_published_utilisation():
     assert utilisation(causal, hours, gpu) == pytest.approx(0.3894, abs=0.002)
     assert utilisation(full, hours, gpu) == pytest.approx(0.4373, abs=0.002)
     assert utilisation(six_nd(V3, tokens), hours, gpu) == pytest.approx(0.343, abs=5e-4)
+
+
+def test_hours_and_utilisation_undo_each_other():
+    flops, gpu = six_nd(V3, 14.8e12), GPUS["H100"]
+    assert utilisation(flops, gpu_hours(flops, gpu, 0.4), gpu) == pytest.approx(0.4)
+    for share in (0, 1.1, -1):
+        with pytest.raises(ValueError, match="expected more than 0 and at most 1"):
+            gpu_hours(flops, gpu, share)
+
+
+def test_work_tells_its_three_numbers():
+    assert str(Work(flops=3e12, bytes=1.5e9)) == "3 TFLOP, 1.5 GB: 2000 operations per byte"
