@@ -175,7 +175,7 @@ viz.draw_map(NOTEBOOKS)
 # | [06 shared experts](06_shared_experts.ipynb) | why cut experts finer, and keep some always on? | 05 |
 # | [07 expert parallelism](07_expert_parallelism.ipynb) | what travels when experts live on different ranks? | 04 |
 # | [08 Triton grouped GEMM](08_triton_grouped_gemm.ipynb) | how does a GPU run ragged matrix products at full speed? | 04 |
-# | 09 the arithmetic of MoE | which popular claims about MoE are true? | 03 |
+# | [09 the arithmetic of MoE](09_arithmetic.ipynb) | which popular claims about MoE are true? | 03 |
 # | 10 training | what does it win at scale, and what do experts learn? | 06 |
 # | 11 serving | what do memory, bandwidth and batch size do to an MoE? | 09 |
 # | 12 distil, upcycle, fine-tune | how does one get from dense to sparse, and back? | 10 |

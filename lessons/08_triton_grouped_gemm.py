@@ -739,4 +739,4 @@ viz.draw_stages(recorded)
 show_progress("08")
 
 # %% [markdown]
-# **Next:** 09, the arithmetic of MoE: which of the claims people repeat are true?
+# **Next:** [09](09_arithmetic.ipynb), the arithmetic of MoE: which of the claims people repeat are true?

@@ -51,7 +51,7 @@ class Parts:
 
 def as_text(number: float) -> str:
     """A whole number with commas, any other with four digits."""
-    return f"{number:,}" if isinstance(number, int) else f"{number:,.0f}" if abs(number) >= 1e4 else f"{number:.4g}"
+    return f"{number:,}" if isinstance(number, int) else f"{number:,.0f}" if abs(number) >= 1e4 else f"{number:,.4g}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -14,6 +15,8 @@ COMMANDS = {
     "progress": ("moe_lab.course.progress", "show which exercises you have solved"),
     "test": ("moe_lab.course.suite", "run lint, all tests (also of kernels, and in a browser) and every notebook"),
     "train": ("moe_lab.runs", "train a language model in a run folder of its own"),
+    "count": ("moe_lab.commands.count", "count a model's parameters, bytes and FLOPs, from its name or config.json"),
+    "claims": ("moe_lab.commands.claims", "show what articles say about MoE, and what settles it"),
     "bench": ("moe_lab.bench", "measure the dispatch variants side by side"),
     "gpu": ("moe_lab.gpu", "test and measure the kernels on this machine's graphics card"),
     "build": ("moe_lab.course.builder", "make notebooks/ and solutions/ from lessons/"),
@@ -21,18 +24,26 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one sub-command; returns its exit status, 2 where a sentence said what is wrong, 130 after Ctrl-C."""
+    """Runs one sub-command; returns its exit status.
+
+    It is 2 where a sentence said what is wrong, 130 after Ctrl-C, and 141 where nobody reads what is printed.
+    """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a redirected Windows console cannot write "×": better "?" than a traceback
             stream.reconfigure(errors="replace")
     try:
         parsed = _parser(sys.argv[1:] if arguments is None else arguments).parse_args(arguments)
-        return parsed.run(parsed)
+        status = parsed.run(parsed)
+        sys.stdout.flush()
+        return status
     except CourseError as error:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # `| head` has read enough; what is left goes nowhere, or Python would complain at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
@@ -42,7 +53,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     parser.set_defaults(run=lambda _: parser.print_help() or 0)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for name, (module, says) in COMMANDS.items():
-        command = commands.add_parser(name, help=says, description=f"{says.capitalize()}.")
+        command = commands.add_parser(name, help=says, description=f"{says[0].upper()}{says[1:]}.")
         if name in arguments[:1]:
             loaded = importlib.import_module(module)
             loaded.add_arguments(command)

@@ -284,7 +284,8 @@ class LMConfig:
         _require_positive_int(self, "n_kv_heads", "d_head")
         divides = self.n_heads % self.n_kv_heads == 0
         _require(divides, "n_kv_heads", self.n_kv_heads, f"a divisor of n_heads={self.n_heads}")
-        _require(self.d_head % 2 == 0, "d_head", self.d_head, "an even number (RoPE turns pairs)")
+        can_turn = self.d_head % 2 == 0 or self.mla is not None  # where only a part is turned
+        _require(can_turn, "d_head", self.d_head, "an even number (RoPE turns pairs)")
         _require_one_of(self, "ffn", FFN_KINDS)
         _require_count(self, "conv_width", "n_dense_layers", "full_every")
         if self.window is not None:

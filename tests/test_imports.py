@@ -12,11 +12,11 @@ PACKAGE = Path(__file__).parent.parent / "moe_lab"
 
 # Each module may import those before it; `course`, `viz` and `cli` may import everything.
 ORDER = [
-    *("paths", "config", "plain", "machine", "accounting", "presets", "roofline"),
+    *("paths", "config", "plain", "machine", "accounting", "presets", "roofline", "config_json"),
     *("records", "ops", "ffn", "routing", "dispatch", "experts", "moe", "attention", "data", "lm", "balance", "train"),
-    *("checkpoints", "hugging_face", "experiments", "parallel"),
+    *("checkpoints", "hugging_face", "experiments", "parallel", "claims"),
 ]
-ON_TOP = ("viz", "bench", "gpu", "runs", "course", "cli", "__main__")
+ON_TOP = ("viz", "bench", "gpu", "runs", "course", "commands", "cli", "__main__")
 
 
 def imported_modules(path: Path) -> set[str]:
@@ -60,7 +60,8 @@ HEAVY = {"torch", "triton", "matplotlib", "ipywidgets", "IPython", "numpy", "jup
     ("statement", "must_not_load"),
     [
         ("import moe_lab", HEAVY),
-        ("import moe_lab.accounting, moe_lab.presets, moe_lab.roofline", HEAVY),
+        ("import moe_lab.accounting, moe_lab.presets, moe_lab.roofline, moe_lab.config_json", HEAVY),
+        ("import moe_lab.claims, moe_lab.commands.count, moe_lab.commands.claims", HEAVY),
         ("import moe_lab.cli", HEAVY),
         ("import moe_lab.train, moe_lab.lm, moe_lab.moe", {"triton", "matplotlib", "ipywidgets", "IPython"}),
     ],

@@ -1,5 +1,14 @@
 """Pictures: charts, drawings and live explorers. Everything here returns a `Picture` or an `Explorer`."""
 
+from moe_lab.viz.arithmetic import (
+    draw_active_against_total,
+    draw_caches,
+    draw_decode_reads,
+    draw_experts_touched,
+    draw_rooflines,
+    draw_where_parameters_sit,
+    explore_arithmetic,
+)
 from moe_lab.viz.balancing import Panel, draw_shares, sweep, violation_band
 from moe_lab.viz.benchmarks import draw_bench
 from moe_lab.viz.charts import bars, heatmap, letters, lines, stacked
@@ -39,14 +48,18 @@ __all__ = [
     "bands",
     "bars",
     "curve_band",
+    "draw_active_against_total",
     "draw_bench",
     "draw_block",
+    "draw_caches",
     "draw_collectives",
     "draw_curves",
     "draw_cut",
+    "draw_decode_reads",
     "draw_dense_to_moe",
     "draw_dispatch",
     "draw_exchange",
+    "draw_experts_touched",
     "draw_ffns",
     "draw_fusion",
     "draw_groups",
@@ -58,6 +71,7 @@ __all__ = [
     "draw_rank_loads",
     "draw_regroup",
     "draw_roofline",
+    "draw_rooflines",
     "draw_router",
     "draw_routing",
     "draw_savings",
@@ -75,6 +89,8 @@ __all__ = [
     "draw_traffic",
     "draw_visits",
     "draw_ways",
+    "draw_where_parameters_sit",
+    "explore_arithmetic",
     "growth",
     "heatmap",
     "heatmaps",

@@ -1,0 +1,1 @@
+"""Sub-commands that show on the command line what other modules work out."""
