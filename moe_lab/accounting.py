@@ -1,12 +1,13 @@
 """Counts parameters, FLOPs and bytes from a configuration alone, exactly and without torch.
 
 One multiplication with its addition is two FLOPs. Norms, softmax, RoPE, activations and the embedding look-up
-are left out, as is usual: together they are well under one per cent of a model of any size.
+are left out, as is usual: together they are well under one per cent of a large model.
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from numbers import Integral
 
 from moe_lab.config import LMConfig, MoEConfig, RouterConfig, SwitchConfig
 
@@ -50,8 +51,12 @@ class Parts:
 
 
 def as_text(number: float) -> str:
-    """A whole number with commas, any other with four digits."""
-    return f"{number:,}" if isinstance(number, int) else f"{number:,.0f}" if abs(number) >= 1e4 else f"{number:,.4g}"
+    """A whole number with commas; any other with four digits, or from ten thousand on as a whole number."""
+    return (
+        f"{number:,}"
+        if isinstance(number, int)
+        else f"{number:,.{0 if abs(number) >= 9999.5 else 4}{'f' if abs(number) >= 9999.5 else 'g'}}"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +90,7 @@ class Flops(Parts):
     router: int = 0
     experts: int = 0
     shared_experts: int = 0
-    head: int
+    head: int = 0
 
 
 def ffn_matrices(config: LMConfig) -> int:
@@ -280,10 +285,22 @@ def count_mtp(config: LMConfig, active: bool = False) -> PredictionParameters:
     )
 
 
+def _require_decoder(config: LMConfig) -> None:
+    if not isinstance(config, LMConfig):
+        raise ValueError(f"config is a {type(config).__name__}: expected an LMConfig, a model with a decoder alone.")
+
+
 def _require_experts(config: LMConfig) -> MoEConfig:
-    if config.moe is None:
-        raise ValueError("moe=None: expected a model with experts.")
+    _require_decoder(config)
+    if not config.n_moe_layers:
+        raise ValueError("no layer has experts: expected a model with `moe`.")
     return config.moe
+
+
+def _require_count(least: int = 0, **counts: int) -> None:
+    for name, value in counts.items():
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{name}={value!r}: expected {least} or more, a whole number.")
 
 
 # --- FLOPs ----------------------------------------------------------------------------------------------------------
@@ -296,10 +313,12 @@ def count_flops(config: LMConfig, tokens: int, causal: bool = True) -> Flops:
     is paid for, which is what an implementation that masks a full score matrix computes, and what
     `torch.utils.flop_counter` counts. In a layer of experts a token pays for the router, its `top_k` experts and the
     shared ones; no capacity is assumed. Latent attention is counted as in training, with keys and values of all heads.
+    Chunks, as Llama 4 has them, are counted like windows of their size, which is too much beyond the first chunk.
 
     Raises:
         ValueError: fewer than one token.
     """
+    _require_decoder(config)
     layers = [layer_flops(config, tokens, layer, causal) for layer in range(config.n_layers)]
     parts = {name: sum(getattr(layer, name) for layer in layers) for name in layers[0].by_part()}
     conv = 2 * tokens * config.d_model * config.conv_width
@@ -312,8 +331,8 @@ def layer_flops(config: LMConfig, tokens: int, layer: int = -1, causal: bool = T
     Raises:
         ValueError: fewer than one token, or a layer that the model does not have.
     """
-    if tokens < 1:
-        raise ValueError(f"tokens={tokens}: expected 1 or more.")
+    _require_decoder(config)
+    _require_count(1, tokens=tokens)
     if not -config.n_layers <= layer < config.n_layers:
         raise ValueError(f"layer={layer}: expected {-config.n_layers} to {config.n_layers - 1}.")
     layer %= config.n_layers
@@ -323,7 +342,7 @@ def layer_flops(config: LMConfig, tokens: int, layer: int = -1, causal: bool = T
         "attention_scores": 2 * config.n_heads * _pair_width(config) * _pairs(tokens, config.window_of(layer), causal),
     }
     if not config.has_experts(layer):
-        return Flops(**scores, ffn=per_token * ffn_parameters(config), head=0)
+        return Flops(**scores, ffn=per_token * ffn_parameters(config))
     moe = config.moe
     one_expert = _matrices(moe.expert) * moe.d_model * moe.d_ff
     return Flops(
@@ -332,7 +351,6 @@ def layer_flops(config: LMConfig, tokens: int, layer: int = -1, causal: bool = T
         router=per_token * moe.n_experts * moe.d_model,
         experts=per_token * moe.top_k * one_expert,
         shared_experts=per_token * shared_expert_parameters(moe),
-        head=0,
     )
 
 
@@ -353,7 +371,12 @@ def decode_flops(config: LMConfig, context: int) -> float:
 
     Latent attention works in the latent space, where a position costs more than in training's form; keys and values of
     all heads need not be made again for it.
+
+    Raises:
+        ValueError: a negative context.
     """
+    _require_decoder(config)
+    _require_count(context=context)
     per_position = config.n_heads * _pair_width(config)
     if config.mla:
         per_position = config.n_heads * (2 * config.mla.kv_rank + config.mla.d_rope)
@@ -430,8 +453,9 @@ def activation_bytes(config: LMConfig, tokens: int, number: str = "bf16") -> Act
     keys and values, a copy of every token for each of its experts, what SwiGLU is given and gives, and their outputs.
 
     Raises:
-        ValueError: a model without experts, or an unknown format.
+        ValueError: a model without experts, negative tokens, or an unknown format.
     """
+    _require_count(tokens=tokens)
     moe, per_token = _require_experts(config), tokens * bytes_of(number)
     mla = config.mla
     keys_and_values = 2 * config.n_kv_heads * config.d_head if mla is None else config.n_heads * _pair_width(config)
@@ -446,13 +470,14 @@ def activation_bytes(config: LMConfig, tokens: int, number: str = "bf16") -> Act
 
 
 def fp8_checkpoint_bytes(config: LMConfig) -> int:
-    """Bytes of the weights as DeepSeek-V3 was released.
+    """Bytes of the weights as DeepSeek-V3 was released, without its prediction module (`count_mtp`).
 
     Matrices of attention and FFNs are fp8, with an fp32 scale for every block of 128 × 128; embedding, head, routers
     and norms bf16; selection biases fp32.
 
     Source: DeepSeek-V3's README_WEIGHTS.md, and the dtypes in its released files.
     """
+    _require_decoder(config)
     moe, n_moe = config.moe, config.n_moe_layers
     ffn = [(config.n_layers - n_moe, ffn_matrices(config), config.d_model, config.d_ff)]
     if moe:
@@ -484,6 +509,7 @@ def mxfp4_checkpoint_bytes(config: LMConfig) -> int:
 
 def cache_numbers(config: LMConfig) -> int:
     """Numbers that attention keeps of one token in one layer: keys and values, or the latent vector and a key."""
+    _require_decoder(config)
     if config.mla:
         return config.mla.kv_rank + config.mla.d_rope
     return 2 * config.n_kv_heads * config.d_head
@@ -493,8 +519,10 @@ def cache_bytes(config: LMConfig, tokens: int = 1, number: str = "bf16") -> int:
     """Bytes that all layers keep of one sequence; a layer with a window keeps that many positions at most.
 
     Raises:
-        ValueError: an unknown format.
+        ValueError: negative tokens, or an unknown format.
     """
+    _require_decoder(config)
+    _require_count(tokens=tokens)
     windows = (config.window_of(layer) for layer in range(config.n_layers))
     positions = sum(min(tokens, window or tokens) for window in windows)
     return positions * cache_numbers(config) * bytes_of(number)
@@ -511,14 +539,20 @@ def distinct_experts(n_experts: int, top_k: int, batch: int) -> float:
     Raises:
         ValueError: more chosen than there are, or a negative batch.
     """
-    if not 0 < top_k <= n_experts or batch < 0:
-        expected = "expected 1 to n_experts, and a batch of 0 or more"
-        raise ValueError(f"n_experts={n_experts}, top_k={top_k}, batch={batch}: {expected}.")
+    _require_count(batch=batch)
+    if not 0 < top_k <= n_experts:
+        raise ValueError(f"top_k={top_k}: expected 1 to n_experts={n_experts}.")
     return n_experts * (1 - (1 - top_k / n_experts) ** batch)
 
 
 def decode_reads(config: LMConfig, batch: int) -> float:
-    """Parameters that one decode step reads for `batch` sequences, a token each; experts as in `distinct_experts`."""
+    """Parameters that one decode step reads for `batch` sequences, a token each; experts as in `distinct_experts`.
+
+    Raises:
+        ValueError: a negative batch.
+    """
+    _require_decoder(config)
+    _require_count(batch=batch)
     active, moe = count_parameters(config, active=True), config.moe
     if moe is None:
         return active.without_embedding

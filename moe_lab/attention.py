@@ -26,7 +26,7 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
 class Cache:
     """What attention keeps of positions that it has seen, so that they are not computed again: tensors (..., S, width).
 
-    One for each layer, empty at first; `forward` extends the one that it is given.
+    One for each layer, never for two; empty at first. `forward` extends the one that it is given.
     """
 
     def __init__(self) -> None:
@@ -34,10 +34,18 @@ class Cache:
         self.n_seen = 0
 
     def extend(self, *new: Tensor, window: int | None = None) -> tuple[Tensor, ...]:
-        """Everything kept so far with the new positions behind it; of that the last `window` positions are kept."""
+        """Everything kept so far with the new positions behind it; of that the last `window` positions are kept.
+
+        Raises:
+            ValueError: another number of sequences or heads than what is kept.
+        """
+        if self.kept and [t.shape[:-2] for t in self.kept] != [t.shape[:-2] for t in new]:
+            held, came = (tuple(tensors[0].shape[:-2]) for tensors in (self.kept, new))
+            raise ValueError(f"the cache holds sequences (and heads) {held}, and these are {came}: expected the same.")
         whole = tuple(torch.cat(both, dim=-2) for both in zip(self.kept, new, strict=True)) if self.kept else new
         self.n_seen += new[0].shape[-2]
-        self.kept = tuple(tensor[..., -window:, :] for tensor in whole) if window else whole
+        cuts = window is not None and whole[0].shape[-2] > window
+        self.kept = tuple(tensor[..., -window:, :].clone() for tensor in whole) if cuts else whole  # a view keeps all
         return whole
 
     @property
@@ -62,6 +70,10 @@ def attend(
     """
     n_new, n_all = q.shape[-2], k.shape[-2]
     options = {"scale": scale, "enable_gqa": q.shape[1] != k.shape[1]}
+    if n_new == 1 and sinks is None:  # sees all that the window leaves; heads that share a key are as many queries
+        k, v = (t[..., -(window or n_all) :, :] for t in (k, v))
+        y = F.scaled_dot_product_attention(q.reshape(len(q), k.shape[1], -1, q.shape[-1]), k, v, scale=scale)
+        return y.reshape(*q.shape[:-1], v.shape[-1])
     if n_new == n_all and window is None and sinks is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, **options)
     here = torch.arange(n_all - n_new, n_all, device=q.device)[:, None]
@@ -153,12 +165,12 @@ class MLA(nn.Module):
 
         Args:
             absorb: carry queries into the latent space rather than keys and values out of it: the same result, and
-                less work where few new positions look at many.
+                less work where one new position looks at many.
         """
         mla, (batch, length, _) = self.config, x.shape
         n_seen = cache.n_seen if cache else 0
         q = self.w_q(x) if mla.q_rank is None else self.w_uq(self.q_norm(self.w_dq(x)))
-        q = q.view(batch, length, self.n_heads, -1).transpose(1, 2)
+        q = q.view(batch, length, self.n_heads, mla.d_nope + mla.d_rope).transpose(1, 2)
         q_nope, q_rope = q.split([mla.d_nope, mla.d_rope], dim=-1)  # (B, H, S, d_nope), (B, H, S, d_rope)
         latent, k_rope = self.w_dkv(x).split([mla.kv_rank, mla.d_rope], dim=-1)
         latent = self.kv_norm(latent)  # (B, S, kv_rank)
@@ -173,7 +185,8 @@ class MLA(nn.Module):
     def _in_heads(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor) -> Tensor:
         """As the definition says: keys and values of every head first."""
         mla = self.config
-        of_heads = self.w_ukv(latent).view(*latent.shape[:2], self.n_heads, -1).transpose(1, 2)
+        width = mla.d_nope + mla.d_value
+        of_heads = self.w_ukv(latent).view(*latent.shape[:2], self.n_heads, width).transpose(1, 2)
         k_nope, v = of_heads.split([mla.d_nope, mla.d_value], dim=-1)
         k = torch.cat([k_nope, k_rope[:, None].expand(-1, self.n_heads, -1, -1)], dim=-1)
         return attend(torch.cat([q_nope, q_rope], dim=-1), k, v)

@@ -311,7 +311,7 @@ class LMConfig:
     def but(self, **changes: object) -> Self:
         """The same configuration with some fields changed, validated again.
 
-        Heads that were as by default are worked out anew.
+        Heads that were as by default are worked out anew, and all where latent attention comes or goes.
         """
         is_latent = self.mla or changes.get("mla")  # whose heads follow from it
         if self.n_kv_heads == self.n_heads or is_latent:

@@ -12,7 +12,7 @@ MOE_FAMILIES: dict[str, dict] = {
     "qwen2_moe": {"normalise": False, "n_shared_experts": 1, "shared_gate": True},
     "qwen3_moe": {},  # normalises, as its config's norm_topk_prob says
     "olmoe": {"normalise": False},  # Muennighoff et al. 2024, section 2
-    "deepseek_v2": {"normalise": False, "group_score": "max"},  # section 2.1.2, 2.2.2
+    "deepseek_v2": {"normalise": False, "group_score": "max"},  # sections 2.2.1 and 2.2.2
     "deepseek_v3": {"score": "sigmoid", "selection_bias": True, "group_score": "top2_sum"},  # section 2.1.2
     "switch": {"normalise": False, "top_k": 1, "expert": "relu"},  # Fedus et al. 2021, section 2.1
     "gpt_oss": {"logit_bias": True, "expert": "clamped_swiglu", "expert_bias": True},
@@ -212,7 +212,7 @@ QWEN3_235B_A22B = LMConfig(
 )
 
 # gpt_oss/torch/model.py of openai/gpt-oss (ModelConfig), and the released config.json of openai/gpt-oss-20b. `d_ff` is
-# no layer's: all have experts. Odd layers see 128 positions, even ones all.
+# no layer's: all have experts. Layers 1, 3, … see 128 positions, layers 2, 4, … all.
 GPT_OSS_120B = LMConfig(
     vocab_size=201_088,
     d_model=2880,
@@ -287,7 +287,7 @@ class Preset:
     """A released model.
 
     Args:
-        stated: what its makers say of its size, total and active, in their words.
+        stated: what its makers say of its size, total and active, in their words; None where they do not.
         source: where they say it.
         counts_embedding: whether their active figure holds the embedding table; None where either rounds to it, or
             neither does.
@@ -296,7 +296,7 @@ class Preset:
 
     name: str
     config: LMConfig | SwitchConfig
-    stated: tuple[str, str | None]
+    stated: tuple[str | None, str | None]
     source: str
     counts_embedding: bool | None = None
     n_mtp: int = 0
@@ -328,8 +328,8 @@ PRESETS = {
         Preset(
             name="Mistral-7B",
             config=MISTRAL_7B,
-            stated=("7.24B", None),
-            source="model card of mistralai/Mistral-7B-v0.1",
+            stated=("7B", None),
+            source="Jiang et al. 2023 (arXiv 2310.06825), abstract",
         ),
         Preset(name="Qwen2.5-72B", config=QWEN2_5_72B, stated=("72.7B", None), source="model card of Qwen/Qwen2.5-72B"),
         Preset(
@@ -443,7 +443,7 @@ PRESETS = {
         *(
             Preset(name=f"Switch-Base-{n}", config=config, stated=(stated, None), source=SWITCH_SOURCE)
             for (n, config), stated in zip(
-                SWITCH_BASE.items(), ("0.6B", "1.1B", "2.0B", "3.8B", "7.4B", "14.7B"), strict=True
+                SWITCH_BASE.items(), (None, "1.1B", "2.0B", "3.8B", "7.4B", "14.7B"), strict=True
             )
         ),
         Preset(name="Switch-Large-128", config=SWITCH_LARGE_128, stated=("26B", None), source=SWITCH_SOURCE),
@@ -467,6 +467,7 @@ def find_preset(name: str) -> Preset:
     """
 
     def plain(text: str) -> str:
+        text = text.rpartition("/")[2]  # as in "deepseek-ai/DeepSeek-V3"
         return "".join(letter for letter in text.lower() if letter.isalnum())
 
     known = {plain(each): each for each in (*PRESETS, *UNDISCLOSED)}

@@ -6,7 +6,6 @@ more than they do.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Self
 
 from moe_lab.accounting import bytes_of, cache_bytes, count_flops, decode_flops, decode_reads
 from moe_lab.config import LMConfig
@@ -17,7 +16,7 @@ class Gpu:
     """What a GPU's maker states.
 
     Args:
-        memory: bytes.
+        memory: bytes, as on its label; a part of them is not a program's.
         bytes_per_second: of that memory.
         operations: per second in dense products, by the format of the numbers.
         source: where it is stated.
@@ -71,7 +70,7 @@ GPUS = {
             memory=80e9,
             bytes_per_second=3.35e12,
             operations={"bf16": 1979e12 / 2, "fp8": 3958e12 / 2},
-            source="NVIDIA H100 Tensor Core GPU, data sheet (SXM)",
+            source="NVIDIA H100 Tensor Core GPU, data sheet (SXM); the H800 differs in its links alone",
         ),
         Gpu(
             name="H200",
@@ -100,10 +99,18 @@ GPUS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """Operations (a multiply-add is two), and the bytes of memory that they cannot do without."""
+    """Operations (a multiply-add is two), and the bytes of memory that they cannot do without.
+
+    Raises:
+        ValueError: negative operations, or no bytes.
+    """
 
     flops: float
     bytes: float
+
+    def __post_init__(self) -> None:
+        if self.flops < 0 or self.bytes <= 0:
+            raise ValueError(f"flops={self.flops}, bytes={self.bytes}: expected 0 or more, and more than 0.")
 
     @property
     def intensity(self) -> float:
@@ -122,12 +129,9 @@ class Work:
         sizes = f"{self.flops / 1e12:.4g} TFLOP, {self.bytes / 1e9:.4g} GB"
         return f"{sizes}: {self.intensity:.4g} operations per byte"
 
-    def __add__(self, other: Self) -> Self:
-        return type(self)(flops=self.flops + other.flops, bytes=self.bytes + other.bytes)
-
 
 def prefill(config: LMConfig, tokens: int, batch: int = 1, number: str = "bf16") -> Work:
-    """Reading `batch` prompts of `tokens`: every weight that is touched is read once, the cache is written."""
+    """Reading `batch` prompts of `tokens`: weights that are touched are read once, a bf16 cache is written."""
     return Work(
         flops=batch * count_flops(config, tokens).total,
         bytes=decode_reads(config, batch * tokens) * bytes_of(number) + batch * cache_bytes(config, tokens),
@@ -149,16 +153,21 @@ def gpu_hours(flops: float, gpu: Gpu, share: float, number: str = "bf16") -> flo
     """Hours of one GPU for so many operations, at a share of its stated rate; times a price per hour it is the bill.
 
     Raises:
-        ValueError: a share that is not above 0 and at most 1.
+        ValueError: negative operations, or a share that is not above 0 and at most 1.
     """
-    if not 0 < share <= 1:
-        raise ValueError(f"share={share}: expected more than 0 and at most 1.")
+    if flops < 0 or not 0 < share <= 1:
+        raise ValueError(f"flops={flops}, share={share}: expected 0 or more, and more than 0 and at most 1.")
     return flops / (gpu.rate(number) * share) / 3600
 
 
-def utilisation(flops: float, gpu_hours: float, gpu: Gpu, number: str = "bf16") -> float:
-    """Which share of the stated rate a training run reached, 0 to 1: model FLOPs utilisation.
+def utilisation(flops: float, hours: float, gpu: Gpu, number: str = "bf16") -> float:
+    """Which share of the stated rate a training run of so many GPU hours reached: model FLOPs utilisation (MFU).
 
     Source: Chowdhery et al. 2022 (PaLM), section 4.1.
+
+    Raises:
+        ValueError: no hours.
     """
-    return flops / (gpu_hours * 3600 * gpu.rate(number))
+    if hours <= 0:
+        raise ValueError(f"hours={hours}: expected more than 0.")
+    return flops / (hours * 3600 * gpu.rate(number))

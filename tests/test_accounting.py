@@ -8,7 +8,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from moe_lab.accounting import (
     activation_bytes,
+    as_text,
     cache_bytes,
+    cache_numbers,
     combinations,
     count_flops,
     count_mtp,
@@ -263,7 +265,7 @@ def test_published_counts_of_the_prediction_module():
     assert whole.total == 11_610_068_224
     assert round((whole.total - whole.projection) / 1e9, 1) == 11.5
     assert round((active.total - active.projection + 2 * 129_280 * 7168) / 1e9, 1) == 2.4
-    with pytest.raises(ValueError, match="moe=None: expected a model with experts"):
+    with pytest.raises(ValueError, match="no layer has experts: expected a model with `moe`"):
         count_mtp(UGLY)
 
 
@@ -308,7 +310,7 @@ def test_activations_by_hand():
     assert found.by_part() == {name: 40 * numbers for name, numbers in by_hand.items()}
     latent = activation_bytes(config.but(mla=LATENT), 10, "fp32")
     assert latent.attention == 40 * (4 * 10 + 4 * 10 + 4 * 3)
-    with pytest.raises(ValueError, match="moe=None"):
+    with pytest.raises(ValueError, match="no layer has experts"):
         activation_bytes(UGLY, 10)
 
 
@@ -319,9 +321,9 @@ def test_experts_touched_are_those_of_a_simulation():
         spread = statistics.stdev(draws) / 4000**0.5
         assert abs(statistics.mean(draws) - distinct_experts(n_experts, top_k, batch)) <= 4 * spread + 1e-12
     assert distinct_experts(256, 8, 0) == 0
-    for wrong in ((4, 5, 1), (4, 0, 1), (4, 2, -1)):
-        with pytest.raises(ValueError, match="expected 1 to n_experts, and a batch of 0 or more"):
-            distinct_experts(*wrong)
+    for top_k in (0, 5):
+        with pytest.raises(ValueError, match=f"top_k={top_k}: expected 1 to n_experts=4"):
+            distinct_experts(4, top_k, 1)
 
 
 def test_a_decode_step_reads_what_is_active_and_then_more():
@@ -378,10 +380,77 @@ def test_an_encoder_decoder_by_hand():
         config.but(n_heads=0)
 
 
+def test_numbers_as_text():
+    shown = {
+        1234567: "1,234,567",
+        9999.4: "9,999",
+        9999.7: "10,000",
+        12345.6: "12,346",
+        0.123456: "0.1235",
+        1500.4: "1,500",
+    }
+    assert {number: as_text(number) for number in shown} == shown
+
+
+@pytest.mark.parametrize("wrong", [-1, 2.5, True, "3"])
+def test_counts_that_cannot_be_are_refused_by_name(wrong):
+    moe = UGLY.but(moe=EXPERTS)
+    calls = {
+        "tokens": [count_flops, layer_flops, cache_bytes, activation_bytes],
+        "context": [decode_flops],
+        "batch": [decode_reads, lambda _, n: distinct_experts(6, 2, n)],
+    }
+    for name, functions in calls.items():
+        for function in functions:
+            with pytest.raises(ValueError, match=f"^{name}={wrong!r}: expected [01] or more, a whole number"):
+                function(moe, wrong)
+    with pytest.raises(ValueError, match=f"^batch={wrong!r}"):
+        decode_reads(UGLY, wrong)
+
+
+def test_a_model_with_an_encoder_is_refused_where_a_decoder_is_counted():
+    config = PRESETS["Switch-Base-8"].config
+    calls = [
+        lambda: count_flops(config, 1),
+        lambda: layer_flops(config, 1),
+        lambda: decode_flops(config, 1),
+        lambda: decode_reads(config, 1),
+        lambda: cache_bytes(config),
+        lambda: cache_numbers(config),
+        lambda: activation_bytes(config, 1),
+        lambda: count_mtp(config),
+        lambda: fp8_checkpoint_bytes(config),
+        lambda: mxfp4_checkpoint_bytes(config),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match="config is a SwitchConfig: expected an LMConfig"):
+            call()
+
+
+def test_a_model_whose_layers_are_too_few_for_experts_has_none():
+    with pytest.raises(ValueError, match="no layer has experts"):
+        activation_bytes(UGLY.but(moe=EXPERTS, moe_every=4), 1)
+
+
+# gpt-oss and Llama 4: half of the layers see 128 positions, three of four 8,192.
+def test_caches_and_costs_of_models_with_windows():
+    in_gb = {name: cache_bytes(PRESETS[name].config, 131_072) / 1e9 for name in ("gpt-oss-120b", "Llama 4 Scout")}
+    assert {name: round(size, 2) for name, size in in_gb.items()} == {"gpt-oss-120b": 4.84, "Llama 4 Scout": 7.65}
+    costs = [count_flops(PRESETS[f"gpt-oss-{n}b"].config, 4096).total / 4096 / 1e9 for n in (20, 120)]
+    assert [round(cost, 2) for cost in costs] == [7.64, 10.90]
+
+
+def test_an_odd_part_that_is_not_turned_is_no_matter():
+    config = UGLY.but(mla=LATENT.but(d_nope=5))
+    logits, _ = LM(config)(torch.tensor([[1, 2, 3]]))
+    assert logits.shape == (1, 3, 11)
+    assert config.d_head == 9
+
+
 def test_parts_are_a_table():
-    counted = count_parameters(UGLY)
+    counted = count_parameters(UGLY.but(vocab_size=1000))
     lines = str(counted).splitlines()
-    assert lines[0].split() == ["embedding", "132", f"{132 / counted.total:.2%}"]
+    assert lines[0].split() == ["embedding", "12,000", f"{12_000 / counted.total:.2%}"]
     assert lines[-1].split() == ["total", f"{counted.total:,}"]
     assert not any("router" in line for line in lines)  # there is none
     assert counted._repr_html_().count("<tr>") == len(lines)

@@ -12,7 +12,7 @@ from moe_lab.lm import LM
 
 transformers = pytest.importorskip("transformers")
 
-SIZES = {"d_model": 24, "n_layers": 1, "n_heads": 6, "d_ff": 5, "rope_theta": 1e4}
+SIZES = {"d_model": 24, "n_layers": 1, "n_heads": 6, "d_ff": 5, "rope_theta": 50.0, "norm_eps": 0.1}
 GQA = LMConfig(**SIZES, n_kv_heads=2, d_head=8)
 LATENT = MLAConfig(kv_rank=10, d_nope=6, d_rope=4, d_value=7)
 SINKS = {"qkv_bias": True, "output_bias": True, "attention_sinks": True}
@@ -77,6 +77,28 @@ def test_with_a_cache_pieces_give_what_the_whole_gives(config, pieces):
     assert_close(y, attention(x), rtol=1e-10, atol=1e-12)
     assert cache.n_seen == 7
     assert cache.n_bytes == 2 * cache_bytes(config, 7, "fp32") * 2  # two sequences, in fp64
+
+
+def test_a_cache_with_a_window_lets_go_of_what_it_does_not_keep():
+    cache = Cache()
+    make(KINDS["window"])(torch.randn(1, 50, 24).double(), cache)
+    assert sum(tensor.untyped_storage().nbytes() for tensor in cache.kept) == cache.n_bytes
+    assert [tensor.shape[-2] for tensor in cache.kept] == [3, 3]
+
+
+@pytest.mark.parametrize("name", ["grouped", "latent"])
+def test_a_cache_of_other_sequences_is_refused(name):
+    attention, cache = make(KINDS[name]), Cache()
+    attention(torch.randn(2, 3, 24).double(), cache)
+    with pytest.raises(ValueError, match=r"the cache holds sequences \(and heads\) \(2.*, and these are \(3"):
+        attention(torch.randn(3, 1, 24).double(), cache)
+    assert cache.n_seen == 3
+
+
+@pytest.mark.parametrize("config", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("sizes", [(2, 0), (0, 3)], ids=["no positions", "no sequences"])
+def test_nothing_gives_nothing(config, sizes):
+    assert make(config)(torch.randn(*sizes, 24).double()).shape == (*sizes, 24)
 
 
 @pytest.mark.parametrize("config", KINDS.values(), ids=KINDS)
@@ -259,7 +281,10 @@ def test_latent_attention_is_that_of_transformers(name):
         rope_interleave=False,  # released weights have pairs side by side; both turn the same pairs
         attention_bias=False,
     )
-    assert_equal_to(DeepseekV3Attention(made, 0), make(config), OF_MLA, config, mla.d_rope)
+    theirs = DeepseekV3Attention(made, 0)
+    for norm in (module for module in theirs.modules() if hasattr(module, "variance_epsilon")):
+        norm.variance_epsilon = config.norm_eps  # the class takes 1e-6, whatever its config says
+    assert_equal_to(theirs, make(config), OF_MLA, config, mla.d_rope)
 
 
 def test_pairs_side_by_side_are_the_same_up_to_the_order_of_rows():

@@ -71,7 +71,10 @@ def in_words(number: float, like: str) -> str:
 def test_what_makers_state_is_what_is_counted(name):
     preset = PRESETS[name]
     whole, active = preset.stated
-    total = count_parameters(preset.config).total + (VISION if "vision" in whole else 0)
+    total = count_parameters(preset.config).total + (VISION if "vision" in (whole or "") else 0)
+    assert (name == "Switch-Base-8") == (whole is None)
+    if whole is None:
+        return
     assert in_words(total, whole) == ROUND_NAMES.get(name, whole.split()[0])
     if active is None:
         return
@@ -211,10 +214,41 @@ def test_an_expert_of_mixtral_is_the_whole_ffn_of_mistral():
     assert expert_parameters(mixtral.moe) == count_parameters(mistral).ffn / mistral.n_layers == 176_160_768
 
 
+# How tokens are routed: Jiang et al. 2024 (arXiv 2401.04088), section 2.1; DeepSeek-V2 (2405.04434), section 3.1.2;
+# DeepSeek-V3 (2412.19437), section 4.2; the released config.json of the others. Groups, kept, scale, normalised, score.
+ROUTING = {
+    "Mixtral 8x7B": (1, 1, 1.0, True, "softmax"),
+    "Mixtral 8x22B": (1, 1, 1.0, True, "softmax"),
+    "DeepSeekMoE-16B": (1, 1, 1.0, False, "softmax"),
+    "DeepSeek-V2-Lite": (1, 1, 1.0, False, "softmax"),
+    "DeepSeek-V2": (8, 3, 16.0, False, "softmax"),
+    "DeepSeek-V3": (8, 4, 2.5, True, "sigmoid"),
+    "DeepSeek-R1": (8, 4, 2.5, True, "sigmoid"),
+    "Kimi-K2": (1, 1, 2.827, True, "sigmoid"),
+    "Qwen3-30B-A3B": (1, 1, 1.0, True, "softmax"),
+    "Qwen3-235B-A22B": (1, 1, 1.0, True, "softmax"),
+    "OLMoE-1B-7B": (1, 1, 1.0, False, "softmax"),
+    "gpt-oss-20b": (1, 1, 1.0, True, "softmax"),
+    "gpt-oss-120b": (1, 1, 1.0, True, "softmax"),
+    "Llama 4 Scout": (1, 1, 1.0, False, "sigmoid"),
+    "Llama 4 Maverick": (1, 1, 1.0, False, "sigmoid"),
+}
+
+
+def test_tokens_are_routed_as_released():
+    found = {}
+    for name, preset in PRESETS.items():
+        if moe := getattr(preset.config, "moe", None):
+            found[name] = (moe.n_groups, moe.groups_kept, moe.scaling_factor, moe.normalise, moe.score)
+    assert found == ROUTING
+    biased = [name for name in found if PRESETS[name].config.moe.selection_bias]
+    assert biased == ["DeepSeek-V3", "DeepSeek-R1", "Kimi-K2"]
+
+
 # --- by name ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["DeepSeek-V3", "deepseek v3", "DEEPSEEKV3", "Deepseek_V3"])
+@pytest.mark.parametrize("name", ["DeepSeek-V3", "deepseek v3", "DEEPSEEKV3", "Deepseek_V3", "deepseek-ai/DeepSeek-V3"])
 def test_names_are_found_as_people_write_them(name):
     assert find_preset(name) is PRESETS["DeepSeek-V3"]
 

@@ -14,7 +14,9 @@ def test_the_roof_is_the_lower_of_two():
         assert (work.seconds(TOY), work.reached(TOY)) == (seconds, reached)
         assert work.reached(TOY) == pytest.approx(work.flops / work.seconds(TOY))
     assert TOY.balance() == 10
-    assert Work(flops=1.0, bytes=2.0) + Work(flops=3.0, bytes=5.0) == Work(flops=4.0, bytes=7.0)
+    for wrong in ({"flops": -1.0, "bytes": 1.0}, {"flops": 1.0, "bytes": 0.0}):
+        with pytest.raises(ValueError, match="expected 0 or more, and more than 0"):
+            Work(**wrong)
 
 
 # "To be compute-bound takes about 295 rows per expert on an H100": 989 TFLOP/s over 3.35 TB/s, at two bytes and two
@@ -23,11 +25,25 @@ def test_an_h100_is_busy_from_295_rows_on():
     assert [round(GPUS["H100"].busy_rows(number)) for number in ("bf16", "fp8")] == [295, 295]
 
 
-def test_gpus_are_whole():
-    for name, gpu in GPUS.items():
+# Memory in GB, TB/s, dense TFLOP/s in bf16 and fp8: the data sheets that roofline.py names, halved where with sparsity.
+STATED = {
+    "RTX 4090": (24, 1.008, 165.2, 330.3),
+    "A100": (80, 2.039, 312, None),
+    "H100": (80, 3.35, 989.5, 1979),
+    "H200": (141, 4.8, 989.5, 1979),
+    "B200": (180, 8.0, 2250, 4500),
+    "MI300X": (192, 5.3, 1307.4, 2614.9),
+}
+
+
+def test_gpus_are_as_stated():
+    assert list(GPUS) == list(STATED)
+    for name, (memory, bandwidth, bf16, fp8) in STATED.items():
+        gpu = GPUS[name]
         assert (gpu.name, bool(gpu.source)) == (name, True)
-        assert 1e10 < gpu.memory < 1e12 < gpu.bytes_per_second < 1e14
-        assert 1e14 < gpu.rate("bf16") < 1e16
+        assert (gpu.memory, gpu.bytes_per_second) == (memory * 1e9, pytest.approx(bandwidth * 1e12))
+        rates = {"bf16": bf16 * 1e12} | ({"fp8": fp8 * 1e12} if fp8 else {})
+        assert gpu.operations == pytest.approx(rates)
     with pytest.raises(ValueError, match="number='fp8': the A100 multiplies bf16"):
         GPUS["A100"].rate("fp8")
 
@@ -55,9 +71,11 @@ def test_published_utilisation():
 def test_hours_and_utilisation_undo_each_other():
     flops, gpu = six_nd(V3, 14.8e12), GPUS["H100"]
     assert utilisation(flops, gpu_hours(flops, gpu, 0.4), gpu) == pytest.approx(0.4)
-    for share in (0, 1.1, -1):
-        with pytest.raises(ValueError, match="expected more than 0 and at most 1"):
-            gpu_hours(flops, gpu, share)
+    for wrong in ((flops, 0), (flops, 1.1), (flops, -1), (-1.0, 0.5)):
+        with pytest.raises(ValueError, match="expected 0 or more, and more than 0 and at most 1"):
+            gpu_hours(wrong[0], gpu, wrong[1])
+    with pytest.raises(ValueError, match="hours=0: expected more than 0"):
+        utilisation(flops, 0, gpu)
 
 
 def test_work_tells_its_three_numbers():

@@ -107,7 +107,7 @@ def find_model(name: str) -> Model:
 
 def _from_preset(preset: Preset) -> Model:
     total, active = preset.stated
-    stated = f"Stated: {total} in total"
+    stated = f"Stated: {total} in total" if total else "Stated: nothing"
     if active:
         fits = {True: " (fits with the embedding table)", False: " (fits without the embedding table)"}
         stated += f", {active} active{fits.get(preset.counts_embedding, '')}"
