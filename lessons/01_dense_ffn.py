@@ -372,8 +372,9 @@ for name, rule in {
 from moe_lab.accounting import Parameters
 from moe_lab.presets import REAL_MODELS
 
-for name, value in vars(REAL_MODELS["Llama 3 70B"]).items():
-    print(f"{name:<16}{value}")
+sizes = ["d_model", "n_layers", "n_heads", "n_kv_heads", "d_head", "d_ff", "vocab_size"]
+for name in [*sizes, "tied_embeddings"]:
+    print(f"{name:<16}{getattr(REAL_MODELS['Llama 3 70B'], name)}")
 
 # %% [markdown]
 # ### Exercise 1.4 · every parameter of a Llama
