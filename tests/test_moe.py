@@ -210,7 +210,8 @@ def configs(draw):
 def test_every_configuration_that_can_be_works_and_is_its_definition(config, n_tokens):
     torch.manual_seed(n_tokens)
     assert_is_its_definition(config, "auto", torch.randn(n_tokens, config.d_model))
-    assert sum(p.numel() for p in MoE(config).parameters()) == moe_parameters(config)
+    biases = config.n_experts if config.selection_bias else 0  # learned, and no parameter
+    assert sum(p.numel() for p in MoE(config).parameters()) + biases == moe_parameters(config)
 
 
 @pytest.mark.parametrize("kind", EXPERT_KINDS)

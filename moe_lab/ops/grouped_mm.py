@@ -112,7 +112,7 @@ def padded(rows: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
     starts = F.pad(offsets[:-1], (1, 0))
     size = int((offsets - starts).max())
     row_ids = torch.arange(len(rows), device=rows.device)
-    groups = torch.searchsorted(offsets, row_ids, right=True)
+    groups = torch.searchsorted(offsets.contiguous(), row_ids, right=True)
     places = groups * size + row_ids - starts[groups]
     table = rows.new_zeros(n_groups * size, width).index_copy(0, places, rows)
     products = table.view(n_groups, size, width) @ weights.mT  # (E, size, O)
