@@ -10,7 +10,7 @@
 #     name: python3
 # moe_lab:
 #   title: The arithmetic of MoE
-#   minutes: 60
+#   minutes: 75
 #   seconds: 60
 #   hardware: CPU
 # ---
@@ -20,12 +20,12 @@
 #
 # **Which of the claims people repeat about MoE are true?**
 #
-# `CPU` · 60 minutes · prerequisites: notebooks 01 to 03
+# `CPU` · 75 minutes · prerequisites: notebooks 01 to 03
 #
-# At the end **you will have built** a calculator that counts DeepSeek-V3 to the last parameter from a page of sizes, and
-# says what it reads to write one token. With it you will settle what articles claim, and see how a wrong number may have come about.
+# At the end **you will have built** a calculator that counts every matrix of DeepSeek-V3 from a page of sizes, and says what it
+# reads to write one token. With it you will settle what articles claim, and see how a wrong number may have come about.
 #
-# What is marked *optional* goes past the hour: run its cells, and read it another time.
+# What is marked *optional* comes on top: run its cells, and read it another time.
 
 # %%
 import math
@@ -80,12 +80,12 @@ active = accounting.count_parameters(toy, active=True)
 print(total, active, sep="\n\nof these a token uses:\n\n")
 
 # %% [markdown]
-# One half, not a quarter: only the experts are spared. So four numbers go by the name of size:
+# One half, not a quarter: only the experts are spared. So four numbers are mixed up when people speak of size:
 #
 # | number | what it counts | what it tells |
 # |---|---|---|
 # | total | every learned number | memory |
-# | active | what one token uses: all but the E − k experts that it leaves out | what many model cards print |
+# | active | what one token uses: all but the E − k experts that it leaves out | what some model cards print |
 # | active without the embedding | of that table a token looks up one row; the rest takes part in products | FLOPs, and bytes read for a token |
 # | k/E | the share of the routed experts alone | nothing by itself |
 
@@ -178,7 +178,8 @@ print("numbers kept per token:", cache.n_bytes // (4 * 6))  # 4 bytes each, six 
 #
 # $$c_t = \mathrm{norm}(W_{DKV}\, x_t) \qquad k_{t,h} = \left[\, W_{UK,h}\, c_t \,;\, k^R_t \,\right] \qquad v_{t,h} = W_{UV,h}\, c_t$$
 #
-# $k^R_t$ is a short key straight from the token, **turned** by RoPE, the same for all heads. Find both in the rows:
+# $k^R_t$ is a short key straight from the token, the same for all heads, **turned** by RoPE: by an angle that tells its
+# position. Find both in the rows:
 
 # %%
 latent = LMConfig(
@@ -203,9 +204,9 @@ for name, kept in zip(("latent", "turned key"), cache.kept, strict=True):
 print("numbers kept per token:", cache.n_bytes // (4 * 6))  # 4 bytes each, six tokens
 
 # %% [markdown]
-# Five, for any number of heads; two heads' own keys and values would be 22. Must each step read them from the latent again? No:
-# a query meets $W_{UK}\,c$ as $W_{UK}^\top$ times the query meets $c$. So the matrix is **absorbed** into the query. Same
-# result:
+# Five, for any number of heads; two heads' own keys and values would be 22. (*Optional:* must each step read them from the
+# latent again? No: a query meets $W_{UK}\,c$ as $W_{UK}^\top$ times the query meets $c$. So the matrix is **absorbed** into
+# the query. Same result:)
 
 # %%
 with torch.no_grad():
@@ -213,11 +214,12 @@ with torch.no_grad():
 print("absorbed equals not absorbed:", torch.allclose(plain, absorbed, atol=1e-5))
 
 # %% [markdown]
-# RoPE would turn the key between the two, by another angle for each token. Hence the part that is turned stays outside.
+# A turn between $W_{UK}$ and the query would be another one for each position, and no single matrix could be absorbed. Hence
+# the turned part stays outside.
 #
 # ### Exercise 9.2 · attention, grouped or latent
 #
-# ●●○ · 7 minutes · six to nine lines
+# ●●○ · 10 minutes · six to nine lines
 #
 # Count one layer's matrices. Norms are left out. With `config.mla` None:
 #
@@ -276,6 +278,7 @@ def attention_parameters(config):
 # over short vectors save weights, too? 128 heads of 128 numbers with keys and values of their own would take the last line.
 
 # %%
+print(V3.mla)
 with torch.device("meta"):
     real = MLA(V3)
 print(f"counted {attention_parameters(V3):,}")
@@ -361,7 +364,7 @@ print(f"without the embedding: {v3_active.without_embedding / 1e9:.2f} B")
 print(f"you said {my_guess['billions, active']}")
 
 # %% [markdown]
-# V3's card says 37 B: the second convention. **Predict** for the others: with the embedding (A), or without it (B)?
+# V3's card says 37 B: the second convention. Which one do the others print, with the embedding (A) or without it (B)?
 
 # %%
 for name in shown:
@@ -371,29 +374,31 @@ for name in shown:
     print(f"{name:<15}{both}   published {stated}")
 
 # %% [markdown]
-# Mixtral and OLMoE count it, gpt-oss, Kimi-K2 and V3 do not, and Qwen3's 3.3 is 3.35 cut off. So before you compare two cards,
-# ask which number they print.
+# OLMoE counts it, gpt-oss, Kimi-K2 and V3 do not; Qwen3's 3.3 is 3.35 cut off; for Mixtral and V2 both round to what they
+# print. So before you compare two cards, ask. **Predict:** which models use the smallest share of what they hold?
 
 # %%
 viz.draw_active_against_total()
+
+# %% [markdown]
+# The further below the dashed diagonal, the sparser; from top left to bottom right the years go by. And where do the parameters sit?
 
 # %%
 viz.draw_where_parameters_sit(("Mixtral 8x7B", "Qwen3-30B-A3B", "DeepSeek-V3", "Kimi-K2"))
 
 # %% [markdown]
-# Experts are nearly all that is held, and much less of what works. In V3 nearly a third of that is attention.
+# Experts are nearly all that is held, and much less of what is active; in V3 nearly a third of that is attention.
 #
 # ## 5 FLOPs at 4K
 #
-# Compute follows what is active, and one thing more: attention compares tokens, which takes no parameters. **Predict:** V3
-# is a hundred times Llama-7B. How many times does a layer of it cost, for 4,096 tokens?
+# Compute follows what is active; and attention compares tokens, which takes no parameters. **Predict:** V3 is a hundred
+# times as large as Llama-7B. How many times as much does one of its layers cost, for 4,096 tokens?
 
 # %%
 llama = PRESETS["Llama-7B"].config
 v3_layer, llama_layer = (accounting.layer_flops(model, 4096) for model in (V3, llama))
-print(f"size:   {v3_total / accounting.count_parameters(llama).total:.1f} times")
-print(f"layers: {v3_layer.total / 1e12:.2f} and {llama_layer.total / 1e12:.2f} TFLOP")
-print(f"        {v3_layer.total / llama_layer.total:.2f} times")
+print(f"parameters: {v3_total / accounting.count_parameters(llama).total:.1f} times")
+print(f"a layer's FLOPs: {v3_layer.total / llama_layer.total:.2f} times")
 
 # %% [markdown]
 # ### Exercise 9.4 · FLOPs of one layer (*optional*)
@@ -452,17 +457,18 @@ for what, held in {
     "in training": accounting.training_bytes(V3).total,
 }.items():
     print(f"{what:<25}{held / 1e9:>9,.1f} GB   {math.ceil(held / 80e9):>4} GPUs of 80 GB")
-print("you said", my_guess["GPUs of 80 GB"])
+print("you said", my_guess["GPUs of 80 GB"], "(as released)")
 
 # %% [markdown]
-# That is before a single token. Then each sequence adds its cache, as large as its kind of attention makes it. **Predict**
-# how many GB 131,072 tokens take in V3, and in a model of its shape in which every head keeps its own.
+# That is before a single token. Then each sequence adds its cache: in V3 512 + 64 numbers per token and layer, of 2 bytes.
+# **Predict** how many GB 131,072 tokens take. Below it: the same shape if all 128 heads kept their own keys and values (MHA), if
+# they shared 8 (GQA-8), 4, or one (MQA).
 
 # %%
 viz.draw_caches()
 
 # %% [markdown]
-# Less than eight shared heads would keep, more than a single one. So "nine tenths saved" says nothing without a baseline.
+# Less than eight shared heads, more than one. So "nine tenths saved" says nothing without a baseline.
 #
 # ### Exercise 9.5 · what attention keeps (*optional*)
 #
@@ -583,16 +589,22 @@ print("you said", my_guess["GB read, 1 reader"], "and", my_guess["GB read, 32 re
 viz.draw_decode_reads()
 
 # %% [markdown]
-# For one reader V3 is a model of 37 B. For 32 it reads twelve times that; a dense one of 37 B reads no more than before. Per
-# token it falls, only later. Is reading what takes the time? An H200 does 206 bf16 operations while it reads a byte. Work
-# with fewer waits for memory:
+# For 32 readers V3 reads twelve times as much as for one; a dense model of 37 B no more. Is reading what takes the
+# time? An H200 does 989·10¹² bf16 operations and reads 4.8·10¹² bytes a second: 206 a byte. Work with fewer, left of the
+# corner, waits for memory:
 
 # %%
 viz.draw_rooflines()
 
 # %% [markdown]
-# Long prompts compute, decoding waits. With 32 sequences a V3 expert sees 32 · 8/256 = 1.
-#
+# Long prompts compute, decoding waits. The dense model gains from a batch at once, until its caches (GQA-8) are what it reads.
+# V3 starts higher, for MLA computes more per byte, and gains late. How many tokens does an expert see?
+
+# %%
+for batch in (32, 512, 8192):
+    print(f"B {batch:>5}: {batch * 8 / 256:g} tokens for each of V3's experts")
+
+# %% [markdown]
 # ## 8 What training costs (*optional*)
 #
 # Training takes 6 N D FLOPs ([Kaplan et al. 2020](https://arxiv.org/abs/2001.08361), section 2.1).
@@ -647,12 +659,12 @@ for name, (tokens, stated) in runs.items():
     )
 
 # %% [markdown]
-# One rate fits both: the bills differ by active parameters and tokens. Earlier research is not in them.
+# The rate was chosen to fit V3's pre-training. That it fits the other says: the bills differ by active parameters and tokens.
 #
 # ## 9 The claims
 #
-# What five popular articles say, in our words, each with a verdict. A claim is settled by code that *computes*, by *recorded* runs
-# or a *shown* cell of this course, by a *cited* source; or it is *open*:
+# What five popular articles say, in our words. A claim is settled by code that *computes*, by *recorded* runs or a *shown* cell of
+# this course, by a *cited* source; or it is *open*:
 
 # %%
 from moe_lab.claims import load_claims, show
@@ -691,8 +703,8 @@ my_verdicts = {
 ledger["S0.1"].check()
 
 # %% [markdown]
-# How may the 473 have come about? Give every expert two matrices in place of three, and all 61 layers experts; count one
-# table. With your own functions:
+# How may the 473 have come about? Two matrices in place of three in every expert, experts in all 61 layers, one table. With
+# your own functions:
 
 # %%
 D, all_layers = V3.d_model, V3.n_layers
@@ -702,8 +714,9 @@ print(f"{wrong / 1e9:.1f} B instead of {v3_total / 1e9:.1f} B")
 print(f"{ledger['S0.1'].verdict}; you said {my_verdicts.get('S0.1')!r}")
 
 # %% [markdown]
-# That is a **reconstruction**, no fact: the article does not say how it counted. But one forgotten matrix, and three layers
-# overlooked, are all it takes. The same slip would make 5.16 B of Llama-7B's 6.74 (claim S0.2; the article says 5.2).
+# That is a **reconstruction**, no fact: the article does not say how it counted. But one forgotten matrix, three layers
+# overlooked, and one table for two are all it takes. The same slips would make 5.16 B of Llama-7B's 6.74 (claim S0.2; the
+# article says 5.2).
 
 
 # %%
@@ -739,8 +752,8 @@ settle("S1.1", "S1.8")
 settle("S2.1", "S2.3", "S2.13")
 
 # %% [markdown]
-# The commonest kind: numerically right, then a conclusion that is not. What follows the active size is FLOPs, and bytes for a single
-# reader.
+# S2.3 and S2.13 are the treacherous kind: something true, then a conclusion that is not. What follows the active size is
+# FLOPs, and bytes for a single reader.
 #
 # **The last two** are primers.
 
@@ -748,8 +761,14 @@ settle("S2.1", "S2.3", "S2.13")
 settle("S3.9", "S4.24")
 
 # %% [markdown]
-# Both take one case for all: small batches, and one kind of machine. "A node" is no unit: it was 640 GB, then 1,128.
-#
+# Both take one case for all. The first is right where it applies; the second is refuted by a single node of eight H200, which
+# hold 1,128 GB.
+
+# %%
+right = sum(my_verdicts[name].strip().lower() == ledger[name].verdict for name in asked)
+print(f"{right} of your {len(asked)} verdicts are the ledger's")
+
+# %% [markdown]
 # ### All of them (*optional*)
 #
 # Ask for any: `ledger["S2.8"]`, or some: `ledger.where(verdict="misleading")`, `where(article="S4")`, `where(kind="open")`.
@@ -763,7 +782,7 @@ ledger.where(article="S2")
 # %% [markdown]
 # ## 10 Dense or sparse?
 #
-# Four questions decide a deployment.
+# Four questions decide a deployment. (Quality is one more; notebook 10 will measure it.)
 #
 # **Is there memory?** Weights by the total, then a cache for every sequence. Here 32 of 32,768 tokens, weights as released:
 
@@ -793,7 +812,8 @@ for batch in (1, 2, 3, 8, 64):
 # %% [markdown]
 # Two. From three on it reads more, and computes less at any batch.
 #
-# **What GPU?** It is busy once a weight, once read, serves enough tokens; each expert needs as many, and sees B · k/E:
+# **What GPU?** (*optional*) To keep it computing, a weight that is read once must serve enough tokens: on an H200 206, in fp8 too
+# (half the bytes, twice the rate). An expert sees B · k/E, so B is E/k times that. Caches come on top:
 
 # %%
 for name in ("H100", "H200", "MI300X"):
@@ -805,17 +825,17 @@ for name in ("H100", "H200", "MI300X"):
     print(f"{name:<7}tokens in flight: {needs}")
 
 # %% [markdown]
-# **Dense or sparse?** Sparse buys quality with memory instead of compute:
+# **Dense or sparse?** Sparse pays with memory instead of compute:
 #
 # | your case | look at | choose |
 # |---|---|---|
 # | one user, much memory | active bytes | sparse: it reads like a small model |
 # | one user, little memory | total bytes | dense, or a small MoE |
-# | some tens of users, one machine | touched experts | the worst zone: nearly all is read, few tokens share it |
+# | some tens of users, one machine | touched experts | dense, if speed counts: a sparse one reads most of its weights for few tokens each |
 # | thousands of users, many GPUs | tokens per expert | sparse: compute counts, and it follows the active size |
 # | long texts | cache per token | the attention, before the experts |
 #
-# **Move the sliders.** More experts change the total alone, a larger top-k what is active and read.
+# **Move the sliders.** What do more experts change at a batch of 1, and of 64? What does a larger top-k?
 
 # %%
 viz.explore_arithmetic()
@@ -825,7 +845,7 @@ viz.explore_arithmetic()
 #
 # | model | choice | source |
 # |---|---|---|
-# | DeepSeek-V3 (2024) | decoding on 320 GPUs, each with one expert of a layer | [DeepSeek-AI](https://arxiv.org/abs/2412.19437), section 3.4.2 |
+# | DeepSeek-V3 (2024) | decoding on 320 GPUs: 256 hold one expert of a layer each, 64 the shared one and copies of busy ones | [DeepSeek-AI](https://arxiv.org/abs/2412.19437), section 3.4.2 |
 # | gpt-oss-120b (2025) | experts in 4 bits, so that one GPU of 80 GB holds it | [OpenAI](https://arxiv.org/abs/2508.10925), section 2.1 |
 # | Kimi-K2 (2025) | more experts than V3, and half its attention heads | [README](https://github.com/MoonshotAI/Kimi-K2) |
 # | Llama 3.1 405B (2024) | dense, for stable training | [Llama team](https://arxiv.org/abs/2407.21783), section 1 |
@@ -838,8 +858,8 @@ print(f"gpt-oss-120b as released: {accounting.mxfp4_checkpoint_bytes(oss) / 1e9:
 # ## Recap
 #
 # - Compute follows the active parameters, memory the total, and bytes read per step what the batch touches.
-# - k/E is about routed experts alone: 3.1 % of V3's experts, 5.6 % of V3.
-# - Percentages need a baseline, FLOPs a convention, and "size" is one of four numbers.
+# - k/E is about routed experts alone: a token uses 3.1 % of V3's, and 5.6 % of V3.
+# - Percentages need a baseline, FLOPs a convention, and "size" a word that says which.
 
 # %%
 show_progress("09")

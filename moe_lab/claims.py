@@ -1,8 +1,8 @@
 """The ledger of claims: what popular articles say about mixtures of experts, and what settles each of them.
 
-`data/claims.yaml` holds the claims. The word of a verdict is its author's, with the reason beside it: a claim can be
-numerically right and mislead. The code judges numbers only: `Claim.check` evaluates the expressions of a claim and
-holds what they give to what the ledger says. No torch, unless an expression counts bytes between ranks.
+`data/claims.yaml` holds the claims. The verdict is a judgement, `why` its reason: a claim can be numerically right and
+mislead. The code judges numbers only: `Claim.check` evaluates the expressions of a claim and holds what they give to
+what the ledger says. No torch, unless an expression counts bytes between ranks.
 """
 
 import ast
@@ -113,7 +113,7 @@ def evaluate(expression: str) -> object:
     values = {name: _look_up(name, expression) for name in sorted(names[ast.Load] - names[ast.Store])}
     try:
         return eval(compile(tree, "<claim>", "eval"), {"__builtins__": {}} | values)
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, NameError, TypeError, ValueError) as error:
         raise ValueError(f"{expression!r}: {type(error).__name__}: {error}") from error
 
 
@@ -135,8 +135,11 @@ def recorded(experiment: str, variant: str, measure: str = "mean", layer: int | 
     Raises:
         ValueError: nothing of that kind is recorded.
     """
-    runs = _runs(experiment, variant)
-    return [run[measure] if layer is None else run["layers"][layer][measure] for run in runs]
+    measured = _runs(experiment, variant)
+    if layer is not None:
+        measured = [_pick("layer", layer, dict(enumerate(run["layers"]))) for run in measured]
+    numbers = [{name: of[name] for name in of if name != "seed" and _is_number(of[name])} for of in measured]
+    return [_pick("measure", measure, of) for of in numbers]
 
 
 def loads(experiment: str, variant: str, layer: int, seed: int = 0) -> list[list[float]]:
@@ -145,9 +148,16 @@ def loads(experiment: str, variant: str, layer: int, seed: int = 0) -> list[list
     Raises:
         ValueError: nothing of that kind is recorded.
     """
-    by_seed = {run["seed"]: run for run in _runs(experiment, variant)}
-    counts = (point["load"][layer] for point in by_seed[seed]["curve"])
+    curve = _pick("seed", seed, {run["seed"]: run for run in _runs(experiment, variant)})["curve"]
+    counts = [_pick("layer", layer, dict(enumerate(point["load"]))) for point in curve]
     return [[n / sum(experts) for n in experts] for experts in counts]
+
+
+def _pick(name: str, wanted: str | int, found: Mapping) -> object:
+    if wanted not in found:
+        expected = f"expected one of {', '.join(map(str, found))}" if found else "there is none"
+        raise ValueError(f"{name}={wanted!r}: {expected}.")
+    return found[wanted]
 
 
 def _runs(experiment: str, variant: str) -> list[Mapping]:
@@ -156,11 +166,10 @@ def _runs(experiment: str, variant: str) -> list[Mapping]:
         runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
     except FileNotFoundError:
         raise ValueError(f"experiment={experiment!r}: {path.name} is not among the recorded results.") from None
-    found = [run for run in runs if run["variant"] == variant]
-    if not found:
-        names = ", ".join(dict.fromkeys(run["variant"] for run in runs))
-        raise ValueError(f"variant={variant!r}: expected one of {names}.")
-    return found
+    by_variant: dict[str, list[Mapping]] = {}
+    for run in runs:
+        by_variant.setdefault(run["variant"], []).append(run)
+    return _pick("variant", variant, by_variant)
 
 
 # --- A claim ------------------------------------------------------------------------------------------------------
@@ -168,7 +177,12 @@ def _runs(experiment: str, variant: str) -> list[Mapping]:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A primary source. `second_hand`: read in an excerpt, an abstract or a copy, not in the publisher's own file."""
+    """A primary source.
+
+    Args:
+        second_hand: read only in excerpts, in an abstract or an annotated copy; a complete text in another format is
+            not marked.
+    """
 
     tag: str
     citation: str
@@ -285,7 +299,7 @@ class Claim:
 
     Args:
         article: what the article is, in a few words of ours.
-        verdict: the author's word for it, one of `VERDICTS`.
+        verdict: a judgement, one of `VERDICTS`.
         value: what is right, in a sentence.
         why: the reason for the verdict.
         withheld: the model whose numbers nobody disclosed; then nothing is computed.
@@ -332,7 +346,8 @@ class Claim:
         if self.lines:
             return [text for line in self.lines for text in (line.expression, f"= {line}")]
         if self.shown:
-            return [f"notebook {self.shown.lesson}, the cell with `{self.shown.cell}`, prints: {self.shown.prints}"]
+            prints = "; ".join(" ".join(line.split()) for line in self.shown.prints.splitlines())
+            return [f"notebook {self.shown.lesson}, the cell with `{self.shown.cell}`, prints: {prints}"]
         return [self.cited or f"notebook {self.open} will settle it"]
 
     def __str__(self) -> str:

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from moe_lab import claims, paths, presets
-from moe_lab.claims import KINDS, MODELS, VERDICTS, LedgerError, Line, evaluate, load_claims
+from moe_lab.claims import KINDS, MODELS, VERDICTS, LedgerError, Line, evaluate, load_claims, loads, recorded
 from moe_lab.course.map import NOTEBOOKS
 
 CLAIMS = load_claims()
@@ -193,14 +193,45 @@ def test_an_expression_is_evaluated(expression, value):
         ("1 / 0", "ZeroDivisionError"),
         ("layer_flops(V3, 0)", "expected 1 or more"),
         ("recorded('balance', 'nonsense')", "variant='nonsense'"),
-        ("recorded('balance', 'no cure', 'colour')", "'colour'"),
+        ("[n for n in (1, 2)] + n", "NameError"),
+        ("recorded('balance', 'no cure', 'colour')", "measure='colour': expected one of mean."),
         ("recorded('nonsense', 'no cure')", "not among the recorded results"),
-        ("loads('balance', 'no cure', layer=0, seed=99)", "99"),
+        ("loads('balance', 'no cure', layer=0, seed=99)", "seed=99: expected one of 0, 1, 2."),
     ],
 )
 def test_a_wrong_expression_says_what_is_wrong(expression, says):
     with pytest.raises(ValueError, match=re.escape(says)):
         evaluate(expression)
+
+
+@pytest.mark.parametrize(
+    ("ask", "says"),
+    [
+        (lambda: recorded("nonsense", "no cure"), "experiment='nonsense': nonsense.json is not among"),
+        (lambda: recorded("balance", "nonsense"), "variant='nonsense': expected one of no cure, switch 0.0001,"),
+        (lambda: recorded("balance", "no cure", "colour"), "measure='colour': expected one of mean."),
+        (lambda: recorded("balance", "no cure", "layers"), "measure='layers': expected one of mean."),
+        (lambda: recorded("balance", "no cure", "mean", layer=0), "measure='mean': expected one of max_violation,"),
+        (lambda: recorded("balance", "no cure", "dead", layer=2), "layer=2: expected one of 0, 1."),
+        (lambda: recorded("balance", "no cure", "dead", layer=-1), "layer=-1: expected one of 0, 1."),
+        (lambda: recorded("longer_training", "dense, equal active", "dead", layer=0), "layer=0: there is none."),
+        (lambda: loads("balance", "nonsense", layer=0), "variant='nonsense': expected one of"),
+        (lambda: loads("balance", "no cure", layer=0, seed=3), "seed=3: expected one of 0, 1, 2."),
+        (lambda: loads("balance", "no cure", layer=2), "layer=2: expected one of 0, 1."),
+        (lambda: loads("balance", "no cure", layer=-1), "layer=-1: expected one of 0, 1."),
+    ],
+)
+def test_what_is_not_recorded_is_a_value_error(ask, says):
+    """Directly, too, not only within an expression."""
+    with pytest.raises(ValueError, match=re.escape(says)):
+        ask()
+
+
+def test_what_is_recorded_is_there():
+    assert recorded("balance", "no cure", "dead", layer=0) == [0, 0, 1]
+    assert len(recorded("balance", "no cure")) == 3
+    shares = loads("balance", "no cure", layer=1, seed=2)
+    assert all(len(experts) == 16 and sum(experts) == pytest.approx(1) for experts in shares)
 
 
 @pytest.mark.parametrize(

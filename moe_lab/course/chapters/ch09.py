@@ -99,6 +99,12 @@ FFN_PARAMETERS = Exercise(
             says='Every FFN has three matrices here. With `kind="relu"`, as in Switch-Base, there is no gate: two.',
         ),
         Mistake(
+            name="the two kinds exchanged",
+            wrong=lambda d_model, d_ff, kind="swiglu": (2 if kind == "swiglu" else 3) * d_model * d_ff,
+            says="The ReLU MLP has three matrices here, and the SwiGLU two. It is the SwiGLU that has a gate beside up "
+            "and down.",
+        ),
+        Mistake(
             name="the way back forgotten",
             wrong=lambda d_model, d_ff, kind="swiglu": (2 if kind == "swiglu" else 1) * d_model * d_ff,
             says="A matrix is missing: the one that leads from F back to D. Look at what an FFN returns: a row as wide "
@@ -229,6 +235,42 @@ ATTENTION_PARAMETERS = Exercise(
             ),
             says="`w_o` is missing, which brings what all heads found back to D numbers. In DeepSeek-V3 it is most of "
             "attention.",
+        ),
+        Mistake(
+            name="the output matrix taken for D by D",
+            wrong=_attention(
+                grouped=lambda c: c.d_model * (c.d_head * (c.n_heads + 2 * c.n_kv_heads) + c.d_model),
+                out=lambda c: c.d_model**2,
+            ),
+            says="You took `w_o` for D by D. It reads what all heads found, side by side: that is `n_heads · d_head` "
+            "numbers, or with latent attention `n_heads · d_value`, and need not be as wide as the token.",
+        ),
+        Mistake(
+            name="all layers in place of one",
+            wrong=lambda config: config.n_layers * attention_parameters(config),
+            says="That is the attention of all `n_layers` layers. Asked for is one layer's; 9.3 multiplies.",
+        ),
+        Mistake(
+            name="keys and values made from the token",
+            wrong=_attention(up=lambda c: c.d_model * c.n_heads * (c.mla.d_nope + c.mla.d_value)),
+            says="`w_ukv` reads the latent vector, `kv_rank` numbers, and not the token: what it gives has to come "
+            "from what is kept.",
+        ),
+        Mistake(
+            name="the way down of the queries alone",
+            wrong=_attention(
+                queries=lambda c, width: c.d_model * (c.mla.q_rank if c.mla.q_rank is not None else width)
+            ),
+            says="With a `q_rank` queries take two steps: `w_dq` from the token down to `q_rank` numbers, `w_uq` from "
+            "these up to the queries. The second is missing.",
+        ),
+        Mistake(
+            name="the way up of the queries alone",
+            wrong=_attention(
+                queries=lambda c, width: width * (c.mla.q_rank if c.mla.q_rank is not None else c.d_model)
+            ),
+            says="With a `q_rank` queries take two steps: `w_dq` from the token down to `q_rank` numbers, `w_uq` from "
+            "these up to the queries. The first is missing.",
         ),
         Mistake(
             name="latent attention counted as if every head had matrices",
@@ -460,6 +502,42 @@ MODEL_PARAMETERS = Exercise(
             says="Your active count leaves the embedding table out. Some model cards do that, too, and it is the one "
             "to use for FLOPs. Here the other convention is asked for: all tables count.",
         ),
+        Mistake(
+            name="a table left out of the active, even the only one",
+            wrong=_model(tables=lambda c, active: (1 if c.tied_embeddings else 2) - active),
+            says="Your active count leaves one table out. Here the convention that counts all is asked for; and in the "
+            "other one a tied table stays, for it is also the head.",
+        ),
+        Mistake(
+            name="total and active exchanged",
+            wrong=lambda config, active=False: model_parameters(config, not active),
+            says="With `active=True` you count all experts, and without it `top_k` of them. It is the other way round.",
+        ),
+        Mistake(
+            name="attention in one layer",
+            wrong=_model(attentions=lambda c: 1),
+            says="Attention is counted once. Every one of the `n_layers` layers has its own.",
+        ),
+        Mistake(
+            name="a router in every layer",
+            wrong=lambda config, active=False: (
+                model_parameters(config, active)
+                + (config.n_layers - config.n_moe_layers) * config.d_model * config.moe.n_experts
+            ),
+            says="Dense layers have a router here. Where nothing can be chosen, nobody has to choose: `n_moe_layers` "
+            "routers.",
+        ),
+        Mistake(
+            name="experts as wide as a dense FFN",
+            wrong=lambda config, active=False: (
+                model_parameters(config, active)
+                + config.n_moe_layers
+                * (config.moe.top_k if active else config.moe.n_experts)
+                * ffn_parameters(config.d_model, config.d_ff - config.moe.d_ff)
+            ),
+            says="Your experts are `config.d_ff` wide, as a dense layer's FFN. An expert's own width is "
+            "`config.moe.d_ff`, and mostly much less.",
+        ),
     ),
 )
 
@@ -507,6 +585,14 @@ LAYER_FLOPS = Exercise(
             wrong=_flops(linear=1, scores=1),
             says="That is half of it: multiply-adds (MACs). One multiplication with its addition is two FLOPs, by the "
             "convention of this course and of GPUs' data sheets. Mixing the two makes a factor of two out of nothing.",
+        ),
+        Mistake(
+            name="multiply-adds in the matrices",
+            wrong=lambda active, n_heads, d_key, d_value, tokens: (
+                layer_flops(active, n_heads, d_key, d_value, tokens) - tokens * active
+            ),
+            says="The scores count two FLOPs for a multiplication with its addition, and the matrices one. It is two "
+            "everywhere.",
         ),
         Mistake(
             name="multiply-adds in the scores",
@@ -628,6 +714,21 @@ CACHE_BYTES = Exercise(
             says="All heads share one latent vector and one turned key. You kept them n_heads times.",
         ),
         Mistake(
+            name="a turned key for every head",
+            wrong=_cache(latent=lambda c: c.mla.kv_rank + c.n_heads * c.mla.d_rope),
+            says="The latent vector is there once, the turned key n_heads times. All heads share it, too.",
+        ),
+        Mistake(
+            name="the latent vector twice, the turned key once",
+            wrong=_cache(latent=lambda c: 2 * c.mla.kv_rank + c.mla.d_rope),
+            says="You kept the latent vector for keys and again for values. Both are read from the same one.",
+        ),
+        Mistake(
+            name="four bytes a number",
+            wrong=_cache(size=4),
+            says="That is the cache in fp32. In bf16 a number takes two bytes.",
+        ),
+        Mistake(
             name="the turned key not kept",
             wrong=_cache(latent=lambda c: c.mla.kv_rank),
             says="The latent vector alone is not enough: the d_rope numbers of the turned key come on top. They cannot "
@@ -703,6 +804,17 @@ EXPERTS_TOUCHED = Exercise(
             name="one choice for each token",
             wrong=lambda n_experts, top_k, batch: n_experts * (1 - (1 - 1 / n_experts) ** batch),
             says="Each token chooses one expert here. It chooses k, and misses a given one with probability 1 − k/E.",
+        ),
+        Mistake(
+            name="not touched by every token",
+            wrong=lambda n_experts, top_k, batch: n_experts * (1 - (top_k / n_experts) ** batch),
+            says="k/E is the probability that a token chooses this expert, so (k/E)^B is that all do. It stays "
+            "untouched where all of them miss it: what is the probability that one does?",
+        ),
+        Mistake(
+            name="a whole number",
+            wrong=lambda n_experts, top_k, batch: float(round(n_experts * (1 - (1 - top_k / n_experts) ** batch))),
+            says="You rounded. It is an average over many batches, and need not be a number that any of them has.",
         ),
         Mistake(
             name="all tokens choose alike",

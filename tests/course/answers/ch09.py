@@ -1,6 +1,7 @@
 """Right answers to chapter 9 in three styles, and each of its mistakes in two forms: as shapes, and as sums."""
 
 import math
+from fractions import Fraction
 from functools import reduce
 from itertools import accumulate, repeat
 
@@ -147,6 +148,19 @@ def with_norms(config, shapes):
     shapes["norms"] = (sum(filter(None, (m.kv_rank, m.q_rank))),)
 
 
+def made_from_the_token(config):
+    m, right = config.mla, head_by_head()(config)
+    return right if m is None else right + (config.d_model - m.kv_rank) * config.n_heads * (m.d_nope + m.d_value)
+
+
+def down_from_tokens(config):
+    return 0 if config.mla is None else config.d_model * (config.mla.q_rank or 0)
+
+
+def up_to_queries(config):
+    return 0 if config.mla is None else config.n_heads * config.d_head * (config.mla.q_rank or 0)
+
+
 def squares_in_a_list(config):
     return sum(config.d_model * config.d_model for _ in "qkvo")
 
@@ -235,6 +249,11 @@ def in_the_model(config, active=False):
         one += config.d_model * config.moe.n_experts + in_the_attention(config)
         total += (config.n_layers - small.n_layers) * (one - (idle if active else 0))
     return total
+
+
+def routed_as_wide_as_dense(config, active):
+    """How many experts of their own width would be as much."""
+    return Fraction((config.moe.top_k if active else config.moe.n_experts) * config.d_ff, config.moe.d_ff)
 
 
 def share_by_integers(config, active=False):
@@ -374,6 +393,13 @@ def one_choice_each_in_turn(n_experts, top_k, batch):
     return touched
 
 
+def not_by_every_token(n_experts, top_k, batch):
+    by_all = 1.0
+    for _ in range(batch):
+        by_all *= top_k / n_experts
+    return sum(1 - by_all for _ in range(n_experts))
+
+
 def capped_in_turn(n_experts, top_k, batch):
     touched = 0
     for _ in range(batch):
@@ -421,6 +447,10 @@ WRONG = {
     "9.1": {
         "two matrices in a SwiGLU": [mlp_whatever, lambda d_model, d_ff, kind=None: sum([d_model * d_ff] * 2)],
         "three matrices in every FFN": [glu_whatever, lambda d, f, kind="swiglu": d * f + 2 * (f * d)],
+        "the two kinds exchanged": [
+            lambda d_model, d_ff, kind="swiglu": d_model * d_ff * (3 - (kind == "swiglu")),
+            lambda d, f, kind="swiglu": ffn_shapes(d, f, {"swiglu": "relu", "relu": "swiglu"}[kind]),
+        ],
         "the way back forgotten": [
             only_into_the_neurons,
             lambda d_model, d_ff, kind="swiglu": d_model * d_ff + (kind == "swiglu") * d_model * d_ff,
@@ -466,6 +496,31 @@ WRONG = {
         ],
         "keys and values share a matrix": [from_shapes(set_to(v=None)), head_by_head(kv_matrices=1)],
         "the output matrix forgotten": [from_shapes(set_to(o=None), set_to(o=None)), head_by_head(with_out=False)],
+        "the output matrix taken for D by D": [
+            from_shapes(set_to(o=lambda c: (c.d_model, c.d_model)), set_to(o=lambda c: (c.d_model, c.d_model))),
+            lambda config: head_by_head(with_out=False)(config) + config.d_model * config.d_model,
+        ],
+        "all layers in place of one": [
+            lambda config: sum(from_shapes()(config) for _ in range(config.n_layers)),
+            lambda config: head_by_head()(config) * config.n_layers,
+        ],
+        "keys and values made from the token": [
+            from_shapes(
+                latent=set_to(
+                    uk=lambda c: (c.n_heads * c.mla.d_nope, c.d_model),
+                    uv=lambda c: (c.n_heads * c.mla.d_value, c.d_model),
+                )
+            ),
+            made_from_the_token,
+        ],
+        "the way down of the queries alone": [
+            from_shapes(latent=set_to(uq=None)),
+            lambda config: head_by_head()(config) - up_to_queries(config),
+        ],
+        "the way up of the queries alone": [
+            from_shapes(latent=set_to(dq=None)),
+            lambda config: head_by_head()(config) - down_from_tokens(config),
+        ],
         "latent attention counted as if every head had matrices": [from_shapes(mla=False), blind_to_mla_by_heads],
         "the turned key forgotten": [
             from_shapes(latent=set_to(dkv=lambda c: (c.mla.kv_rank, c.d_model))),
@@ -569,6 +624,42 @@ WRONG = {
             layer_by_layer(last=lambda c, active: c.vocab_size),
         ],
         "the head forgotten": [in_parts(tables=lambda c, active: 1), layer_by_layer(last=lambda c, active: 0)],
+        "a table left out of the active, even the only one": [
+            in_parts(tables=lambda c, active: 2 - c.tied_embeddings - active),
+            layer_by_layer(first=lambda c, active: 0 if active else c.vocab_size),
+        ],
+        "total and active exchanged": [
+            lambda config, active=False: in_parts()(config, not active),
+            lambda config, active=False: layer_by_layer()(config, active is False),
+        ],
+        "attention in one layer": [
+            in_parts(attentions=lambda c, active: 1),
+            lambda config, active=False: (
+                layer_by_layer()(config, active) - (config.n_layers - 1) * head_by_head()(config)
+            ),
+        ],
+        "a router in every layer": [
+            lambda config, active=False: (
+                in_parts(scored=lambda c, active: 0)(config, active)
+                + config.n_layers * config.moe.n_experts * config.d_model
+            ),
+            lambda config, active=False: (
+                layer_by_layer()(config, active)
+                + sum(
+                    config.d_model * config.moe.n_experts for i in range(config.n_layers) if not config.has_experts(i)
+                )
+            ),
+        ],
+        "experts as wide as a dense FFN": [
+            lambda config, active=False: int(in_parts(routed=routed_as_wide_as_dense)(config, active)),
+            lambda config, active=False: (
+                layer_by_layer(chosen=lambda moe, active: 0)(config, active)
+                + 3
+                * config.n_moe_layers
+                * int(routed_as_wide_as_dense(config, active) * config.moe.d_ff)
+                * config.d_model
+            ),
+        ],
         "the embedding left out of the active": [
             in_parts(tables=lambda c, active: 2 - max(active, c.tied_embeddings)),
             layer_by_layer(first=lambda c, active: 0 if active and not c.tied_embeddings else c.vocab_size),
@@ -578,6 +669,12 @@ WRONG = {
         "multiply-adds in place of FLOPs": [
             token_by_token(of_matrices=lambda active: active, of_a_pair=lambda d_key, d_value: d_key + d_value),
             by_products(matrices=0.5, scores=0.5),
+        ],
+        "multiply-adds in the matrices": [
+            token_by_token(of_matrices=lambda active: active),
+            lambda active, n_heads, d_key, d_value, tokens: (
+                counted_pairs(active, n_heads, d_key, d_value, tokens) - active * tokens
+            ),
         ],
         "multiply-adds in the scores": [
             token_by_token(of_a_pair=lambda d_key, d_value: d_key + d_value),
@@ -609,6 +706,20 @@ WRONG = {
             kept(latent=lambda c: [(c.n_heads, c.mla.kv_rank), (c.n_heads, c.mla.d_rope)]),
             latents_of_all_heads,
         ],
+        "a turned key for every head": [
+            kept(latent=lambda c: [(c.mla.kv_rank,), (c.n_heads, c.mla.d_rope)]),
+            lambda config, tokens: (
+                in_one_line()(config, tokens)
+                + (config.mla is not None and (config.n_heads - 1) * config.mla.d_rope) * config.n_layers * tokens * 2
+            ),
+        ],
+        "the latent vector twice, the turned key once": [
+            kept(latent=lambda c: [(2, c.mla.kv_rank), (c.mla.d_rope,)]),
+            lambda config, tokens: (
+                in_one_line()(config, tokens) + (config.mla.kv_rank if config.mla else 0) * config.n_layers * tokens * 2
+            ),
+        ],
+        "four bytes a number": [kept(size=4), in_one_line(bits=32)],
         "the turned key not kept": [kept(latent=lambda c: [(c.mla.kv_rank,)]), in_one_line(rope=0)],
         "the latent vector kept twice": [
             kept(latent=lambda c: [(c.mla.kv_rank,), (c.mla.d_rope,)] * 2),
@@ -641,6 +752,14 @@ WRONG = {
         "one choice for each token": [
             one_choice_each_in_turn,
             lambda e, k, b: e * (1 - ((e - 1) / e) ** b),
+        ],
+        "not touched by every token": [
+            lambda n_experts, top_k, batch: n_experts - n_experts * math.pow(top_k / n_experts, batch),
+            not_by_every_token,
+        ],
+        "a whole number": [
+            lambda n_experts, top_k, batch: float(round(token_after_token(n_experts, top_k, batch))),
+            lambda n_experts, top_k, batch: math.floor(expert_by_expert(n_experts, top_k, batch) + 0.5) * 1.0,
         ],
         "all tokens choose alike": [
             lambda n_experts, top_k, batch: top_k,
