@@ -214,6 +214,33 @@ def test_an_expert_of_mixtral_is_the_whole_ffn_of_mistral():
     assert expert_parameters(mixtral.moe) == count_parameters(mistral).ffn / mistral.n_layers == 176_160_768
 
 
+# Counts that one meets, and the slip behind each. The first is none: later releases of Mixtral 8x22B know more tokens.
+SLIPS = {
+    "Mixtral 8x22B, 32,768 tokens": ("Mixtral 8x22B", {"vocab_size": 32_768}, 140_630_071_296),
+    "DeepSeek-V3, experts in all layers": ("DeepSeek-V3", {"n_dense_layers": 0}, 703_797_827_840),
+    "Llama 4 Maverick, experts in every layer": ("Llama 4 Maverick", {"moe_every": 1}, 784_254_735_360),
+    "Qwen3-30B-A3B, heads of D / H": ("Qwen3-30B-A3B", {"d_head": 64}, 30_079_131_648),
+    "Qwen3-235B-A22B, heads of D / H": ("Qwen3-235B-A22B", {"d_head": 64}, 231_742_373_632),
+    "Llama-7B by an old list of presets: Mistral-7B": (
+        "Llama-7B",
+        {"n_kv_heads": 8, "d_ff": 14_336},
+        COUNTS["Mistral-7B"][0],
+    ),
+}
+
+
+@pytest.mark.parametrize("slip", SLIPS)
+def test_well_known_slips_give_well_known_numbers(slip):
+    name, changes, total = SLIPS[slip]
+    assert count_parameters(PRESETS[name].config.but(**changes)).total == total
+
+
+# Fedus et al. 2021, table 9, prints 64 experts for Switch-XXL; the checkpoint's name and the stated 395B say 128.
+def test_switch_xxl_has_128_experts():
+    config = PRESETS["Switch-XXL-128"].config
+    assert [round(count_parameters(config.but(n_experts=n)).total / 1e9, 1) for n in (64, 128)] == [201.4, 394.7]
+
+
 # How tokens are routed: Jiang et al. 2024 (arXiv 2401.04088), section 2.1; DeepSeek-V2 (2405.04434), section 3.1.2;
 # DeepSeek-V3 (2412.19437), section 4.2; the released config.json of the others. Groups, kept, scale, normalised, score.
 ROUTING = {
