@@ -10,7 +10,7 @@
 #     name: python3
 # moe_lab:
 #   title: The arithmetic of MoE
-#   minutes: 75
+#   minutes: 90
 #   seconds: 60
 #   hardware: CPU
 # ---
@@ -20,7 +20,7 @@
 #
 # **Which of the claims people repeat about MoE are true?**
 #
-# `CPU` · 75 minutes · prerequisites: notebooks 01 to 03
+# `CPU` · 90 minutes · prerequisites: notebooks 01 to 03
 #
 # At the end **you will have built** a calculator that counts every matrix of DeepSeek-V3 from a page of sizes, and says what it
 # reads to write one token. With it you will settle what articles claim, and see how a wrong number may have come about.
@@ -47,16 +47,16 @@ print(f"{V3.n_layers} layers, {V3.n_moe_layers} of them with {V3.moe.n_experts} 
 # %% [markdown]
 # ## Predict first
 #
-# In such a layer of DeepSeek-V3 a token goes to 8 of the 256. **How many billion parameters has the model, and how many
-# does a token use? At one byte each, how many GB does it read to write a token for one reader, and for 32 at once? How
-# many GPUs of 80 GB hold it?**
+# In most layers of DeepSeek-V3 a token goes to 8 of 256 experts. **How many billion parameters has the model, and how many
+# does a token use? At one byte each, how many GB does a step read that writes one token for one user, and one for each of 32
+# users? How many GPUs of 80 GB hold it?**
 
 # %%
 my_guess = {
     "billions, total": None,
     "billions, active": None,
-    "GB read, 1 reader": None,
-    "GB read, 32 readers": None,
+    "GB a step reads, 1 user": None,
+    "GB a step reads, 32 users": None,
     "GPUs of 80 GB": None,
 }
 
@@ -274,7 +274,7 @@ def attention_parameters(config):
 
 
 # %% [markdown]
-# **Check it against the module**, at DeepSeek-V3's sizes, on torch's `meta` device: shapes without numbers. Does the detour
+# **Check it against the module**, at DeepSeek-V3's sizes, on torch's `meta` device: shapes without numbers. Do the detours
 # over short vectors save weights, too? 128 heads of 128 numbers with keys and values of their own would take the last line.
 
 # %%
@@ -381,7 +381,7 @@ for name in shown:
 viz.draw_active_against_total()
 
 # %% [markdown]
-# The further below the dashed diagonal, the sparser; from top left to bottom right the years go by. And where do the parameters sit?
+# The further below the line “all active”, the sparser. And where do the parameters sit?
 
 # %%
 viz.draw_where_parameters_sit(("Mixtral 8x7B", "Qwen3-30B-A3B", "DeepSeek-V3", "Kimi-K2"))
@@ -583,13 +583,18 @@ def weights_read(config, batch):
 for batch in (1, 32, 256):
     gb = weights_read(V3, batch) / 1e9
     print(f"B {batch:>3}: {gb:>6.1f} GB in fp8, {gb / batch:>5.1f} for each token")
-print("you said", my_guess["GB read, 1 reader"], "and", my_guess["GB read, 32 readers"])
+print(
+    "you said",
+    my_guess["GB a step reads, 1 user"],
+    "and",
+    my_guess["GB a step reads, 32 users"],
+)
 
 # %%
 viz.draw_decode_reads()
 
 # %% [markdown]
-# For 32 readers V3 reads twelve times as much as for one; a dense model of 37 B no more. Is reading what takes the
+# For 32 users V3 reads twelve times as much as for one; a dense model of 37 B no more. Is reading what takes the
 # time? An H200 does 989·10¹² bf16 operations and reads 4.8·10¹² bytes a second: 206 a byte. Work with fewer, left of the
 # corner, waits for memory:
 
@@ -602,7 +607,7 @@ viz.draw_rooflines()
 
 # %%
 for batch in (32, 512, 8192):
-    print(f"B {batch:>5}: {batch * 8 / 256:g} tokens for each of V3's experts")
+    print(f"B {batch:>5}: tokens for each of V3's experts: {batch * 8 / 256:g}")
 
 # %% [markdown]
 # ## 8 What training costs (*optional*)
@@ -675,7 +680,7 @@ print(ledger.summary())
 
 # %% [markdown]
 # Verdicts are *true*, *roughly* (the right idea, a number or the scope is off), *misleading* (true words, wrong conclusion),
-# *false*, and *undisclosed* (nobody but the owner knows). **Predict** those of these ten:
+# *false*, and *undisclosed* (nobody but the owner knows). **Predict** the verdicts of these ten:
 
 # %%
 asked = ["S0.1", "S0.6", "S0.11", "S1.1", "S1.8", "S2.1", "S2.3", "S2.13", "S3.9", "S4.24"]
@@ -697,7 +702,8 @@ my_verdicts = {
 }
 
 # %% [markdown]
-# **The first article** has a breakdown of what V3's training cost. Its first claim, and the lines that settle it:
+# **The first article** (S0) breaks down what V3's training cost. Its first claim, and the lines that settle it (MTP: a module
+# beside the model that predicts one token further):
 
 # %%
 ledger["S0.1"].check()
@@ -714,7 +720,7 @@ print(f"{wrong / 1e9:.1f} B instead of {v3_total / 1e9:.1f} B")
 print(f"{ledger['S0.1'].verdict}; you said {my_verdicts.get('S0.1')!r}")
 
 # %% [markdown]
-# That is a **reconstruction**, no fact: the article does not say how it counted. But one forgotten matrix, three layers
+# That is a **reconstruction**, not a fact: the article does not say how it counted. But one forgotten matrix, three layers
 # overlooked, and one table for two are all it takes. The same slips would make 5.16 B of Llama-7B's 6.74 (claim S0.2; the
 # article says 5.2).
 
@@ -734,10 +740,10 @@ def settle(*claim_ids):
 settle("S0.6", "S0.11")
 
 # %% [markdown]
-# S0.11 is the dearest error: people size a machine by it, and file a bug
+# S0.11 is the costliest error: people size a machine by it, and file a bug
 # ([ollama #10546](https://github.com/ollama/ollama/issues/10546)).
 #
-# **The second article** sets R1 against V3, dense against sparse.
+# **The second article** (S1) sets R1 against V3, dense against sparse.
 
 # %%
 settle("S1.1", "S1.8")
@@ -746,16 +752,16 @@ settle("S1.1", "S1.8")
 # R1 is V3, trained further ([its README](https://github.com/deepseek-ai/DeepSeek-R1)). And where nobody says anything, nothing
 # is computed: a plausible number would be no better than a guess.
 #
-# **The third article** is about serving.
+# **The third article** (S2) is about serving.
 
 # %%
 settle("S2.1", "S2.3", "S2.13")
 
 # %% [markdown]
 # S2.3 and S2.13 are the treacherous kind: something true, then a conclusion that is not. What follows the active size is
-# FLOPs, and bytes for a single reader.
+# FLOPs, and bytes for a single user.
 #
-# **The last two** are primers.
+# **The last two** (S3, S4) are primers.
 
 # %%
 settle("S3.9", "S4.24")

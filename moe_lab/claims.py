@@ -256,6 +256,8 @@ class Check:
 class Checks(tuple):
     """The checks of one claim; they print as a table."""
 
+    _HEADS = ("", "computed", "ledger", "expression")
+
     @property
     def ok(self) -> bool:
         """Whether all hold. A claim without expressions has nothing that could fail."""
@@ -275,13 +277,13 @@ class Checks(tuple):
     def __str__(self) -> str:
         if not self:
             return "Nothing to compute."
-        return _text_table(("", "gives", "stated", "expression"), self._rows())
+        return _text_table(self._HEADS, self._rows())
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
         rows = [(*row[:-1], _code(row[-1])) for row in self._rows()]
-        return _html_table(("", "gives", "stated", "expression"), rows) if rows else "Nothing to compute."
+        return _html_table(self._HEADS, rows) if rows else "Nothing to compute."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -391,7 +393,7 @@ class Ledger(dict[str, Claim]):
         """Those whose fields are as wanted: `where(verdict="false")`, `where(kind="open")`, `where(article="S0")`.
 
         Raises:
-            ValueError: nothing to ask for by that name.
+            ValueError: nothing to ask for by that name, or a value that no claim has.
         """
         asked = {"article": lambda claim: claim.id.split(".")[0]}
         asked |= {
@@ -399,6 +401,10 @@ class Ledger(dict[str, Claim]):
         }
         if unknown := sorted(wanted.keys() - asked.keys()):
             raise ValueError(f"{unknown[0]}={wanted[unknown[0]]!r}: expected one of {', '.join(asked)}.")
+        for name, value in wanted.items():
+            known = {"verdict": VERDICTS, "kind": KINDS}.get(name, {asked[name](claim) for claim in self.values()})
+            if value not in known:
+                raise ValueError(f"{name}={value!r}: expected one of {', '.join(sorted(filter(None, known)))}.")
         return type(self)(
             (claim.id, claim)
             for claim in self.values()

@@ -417,7 +417,7 @@ def test_second_hand_sources_are_marked():
 def test_checks_print_as_a_table():
     checks = CLAIMS["S0.5"].check()
     head, first, *_ = str(checks).splitlines()
-    assert head.split() == ["gives", "stated", "expression"]
+    assert head.split() == ["computed", "ledger", "expression"]
     assert first.split()[:3] == ["holds", "5.596247", "5.6"]
     wrong = claims.Checks([Line(expression="1 < 0", gives=True, what="<b>").check()])
     assert str(wrong).splitlines()[1].split()[:3] == ["FAILS", "False", "True"]

@@ -11,7 +11,7 @@ NOTEBOOKS: tuple[tuple[str, str, int | None], ...] = (
     ("06", "shared experts", 60),
     ("07", "expert parallelism", 60),
     ("08", "Triton grouped GEMM", 75),
-    ("09", "arithmetic of MoE", 75),
+    ("09", "arithmetic of MoE", 90),
     ("10", "training", None),
     ("11", "serving", None),
     ("12", "distil, upcycle", None),

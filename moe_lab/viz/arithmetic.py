@@ -455,7 +455,7 @@ def draw_experts_touched(names: Sequence[str] = SHOWN_EXPERTS) -> Picture:
     axes.legend(loc="lower right", fontsize=10)
     axes.set_xlabel("batch: tokens that choose")
     axes.set_ylabel("experts of a layer that are touched (%)")
-    axes.set_title("Curves: E (1 − (1 − K / E)ᴮ); points: tokens that choose blindly, simulated")
+    axes.set_title("Curves: 1 − (1 − k / E)ᴮ; points: tokens that choose blindly, simulated")
     return Picture(
         figure,
         f"Curves of the share of a layer's experts that a batch touches, which rise to 100 %, and points of a "

@@ -391,8 +391,10 @@ MODEL_PARAMETERS = Exercise(
         for active in (False, True)
     ],
     mistakes=(
-        Mistake(name="k/E of everything", wrong=_share_of_all, says=SHARE_OF_ALL),
-        Mistake(name="k/E of everything, not a whole number", wrong=_share_of_all_as_a_float, says=SHARE_OF_ALL),
+        Mistake(name="the share k/E of everything", wrong=_share_of_all, says=SHARE_OF_ALL),
+        Mistake(
+            name="the share k/E of everything, not a whole number", wrong=_share_of_all_as_a_float, says=SHARE_OF_ALL
+        ),
         Mistake(
             name="active means total",
             wrong=_model(routed=lambda c, active: c.moe.n_experts),
@@ -470,7 +472,7 @@ MODEL_PARAMETERS = Exercise(
             "shared means.",
         ),
         Mistake(
-            name="k/E of the shared experts",
+            name="a share k/E of the shared experts",
             wrong=_model(
                 shared_width=lambda c, active: (
                     c.moe.d_ff_shared * c.moe.top_k // c.moe.n_experts if active else c.moe.d_ff_shared
@@ -795,7 +797,7 @@ EXPERTS_TOUCHED = Exercise(
             says="These are the experts that no token chose. The others were asked for: with one token it has to be k.",
         ),
         Mistake(
-            name="k independent draws",
+            name="independent draws, k for each token",
             wrong=lambda n_experts, top_k, batch: n_experts * (1 - (1 - 1 / n_experts) ** (top_k * batch)),
             says="You drew one expert k · B times. A token's k experts are all different: with one token exactly k are "
             "touched. It misses a given expert with probability 1 − k/E.",

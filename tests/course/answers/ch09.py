@@ -554,8 +554,8 @@ WRONG = {
         ],
     },
     "9.3": {
-        "k/E of everything": [share_by_integers, share_by_parts],
-        "k/E of everything, not a whole number": [share_in_floats, share_by_division],
+        "the share k/E of everything": [share_by_integers, share_by_parts],
+        "the share k/E of everything, not a whole number": [share_in_floats, share_by_division],
         "active means total": [
             in_parts(routed=lambda c, active: c.moe.n_experts),
             layer_by_layer(chosen=lambda moe, active: moe.n_experts),
@@ -605,7 +605,7 @@ WRONG = {
             in_parts(shared=lambda c, active: c.moe.d_ff_shared * (not active)),
             layer_by_layer(shared=lambda moe, active: 0 if active else moe.d_ff_shared),
         ],
-        "k/E of the shared experts": [
+        "a share k/E of the shared experts": [
             in_parts(
                 shared=lambda c, active: (
                     c.moe.d_ff_shared * c.moe.top_k // c.moe.n_experts if active else c.moe.d_ff_shared
@@ -745,7 +745,7 @@ WRONG = {
             lambda n_experts, top_k, batch: math.prod([n_experts, *[1 - top_k / n_experts] * batch]),
             lambda e, k, b: e - token_after_token(e, k, b),
         ],
-        "k independent draws": [
+        "independent draws, k for each token": [
             one_choice_after_another,
             lambda e, k, b: e - e * ((e - 1) / e) ** (b * k),
         ],
