@@ -91,7 +91,7 @@ FFN_PARAMETERS = Exercise(
             name="two matrices in a SwiGLU",
             wrong=lambda d_model, d_ff, kind="swiglu": 2 * d_model * d_ff,
             says="Every FFN has two matrices here. A SwiGLU has three: gate, up and down. Forgetting the gate loses a "
-            "third of nearly every current model, and is the likeliest origin of a well-known wrong number.",
+            "third of nearly every current model, and a well-known wrong number may have come about so.",
         ),
         Mistake(
             name="three matrices in every FFN",
