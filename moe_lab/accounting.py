@@ -52,11 +52,9 @@ class Parts:
 
 def as_text(number: float) -> str:
     """A whole number with commas; any other with four digits, or from ten thousand on as a whole number."""
-    return (
-        f"{number:,}"
-        if isinstance(number, int)
-        else f"{number:,.{0 if abs(number) >= 9999.5 else 4}{'f' if abs(number) >= 9999.5 else 'g'}}"
-    )
+    if isinstance(number, int):
+        return f"{number:,}"
+    return f"{number:,.0f}" if abs(number) >= 9999.5 else f"{number:,.4g}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -72,7 +72,8 @@ def attend(
     options = {"scale": scale, "enable_gqa": q.shape[1] != k.shape[1]}
     if n_new == 1 and sinks is None:  # sees all that the window leaves; heads that share a key are as many queries
         k, v = (t[..., -(window or n_all) :, :] for t in (k, v))
-        y = F.scaled_dot_product_attention(q.reshape(len(q), k.shape[1], -1, q.shape[-1]), k, v, scale=scale)
+        grouped = q.reshape(len(q), k.shape[1], q.shape[1] // k.shape[1], q.shape[-1])
+        y = F.scaled_dot_product_attention(grouped, k, v, scale=scale)
         return y.reshape(*q.shape[:-1], v.shape[-1])
     if n_new == n_all and window is None and sinks is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, **options)

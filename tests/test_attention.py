@@ -96,7 +96,9 @@ def test_a_cache_of_other_sequences_is_refused(name):
 
 
 @pytest.mark.parametrize("config", KINDS.values(), ids=KINDS)
-@pytest.mark.parametrize("sizes", [(2, 0), (0, 3)], ids=["no positions", "no sequences"])
+@pytest.mark.parametrize(
+    "sizes", [(2, 0), (0, 3), (0, 1)], ids=["no positions", "no sequences", "no sequences, one position"]
+)
 def test_nothing_gives_nothing(config, sizes):
     assert make(config)(torch.randn(*sizes, 24).double()).shape == (*sizes, 24)
 
