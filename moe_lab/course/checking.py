@@ -81,7 +81,9 @@ def fresh_state(seed: int = 0) -> Iterator[None]:
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
     try:
         torch.set_default_dtype(torch.float32)
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # `torch.manual_seed` also keeps a list for devices not yet in use
+        if cuda is not None:
+            torch.cuda.manual_seed_all(seed)
         random.seed(seed)
         np.random.seed(seed)
         with torch.inference_mode(False), torch.enable_grad():
@@ -259,6 +261,12 @@ def matches(expected: list[Run], mistake: list[Run], got: list[Run], rtol: float
         return difference is None or (by_value and difference.kind in GENTLE)
 
     return any(wrongs) and all(map(fits, expected, mistake, got))
+
+
+def rules_out(mistake: Run, got: Run, rtol: float, atol: float) -> bool:
+    """Whether this one case already tells that a learner's runs do not match the mistake."""
+    difference = None if mistake.raised else compare(mistake, got, rtol, atol)
+    return difference is not None and difference.kind not in GENTLE
 
 
 def differences(expected: Any, got: Any, rtol: float, atol: float, where: str = "") -> Iterator[Difference]:

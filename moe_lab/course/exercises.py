@@ -20,6 +20,7 @@ from moe_lab.course.checking import (
     compare,
     fresh_state,
     matches,
+    rules_out,
     show,
     show_pair,
     snapshot,
@@ -176,6 +177,8 @@ def check(exercise: Exercise, solution: Any, namespace: dict[str, Any]) -> Outco
         first, difference = next((i, difference) for i, difference in enumerate(found) if difference)
         shown = _shown(exercise, cases, first, difference)
         for mistake in exercise.mistakes:
+            if rules_out(attempt(exercise, mistake.wrong, cases[first]), got[first], **tolerance):
+                continue  # as one case does for most, and running them all takes a while
             wrong = [attempt(exercise, mistake.wrong, case) for case in cases]
             if matches(expected, wrong, got, **tolerance):
                 headline = mistake.name[:1].upper() + mistake.name[1:]

@@ -718,10 +718,13 @@ MASKED = (
 )
 
 
+_PARTS = [field.name for field in fields(Routing)]
+_WITH_GRADIENT = make_dataclass("Routing", [*_PARTS, "gradient_of_the_logits"])
+
+
 def _routing_and_gradient(routing: Routing, gradient: Tensor | None) -> Any:
     """A record like `Routing`, with one part more."""
-    parts = {field.name: getattr(routing, field.name) for field in fields(routing)}
-    return make_dataclass("Routing", [*parts, "gradient_of_the_logits"])(**parts, gradient_of_the_logits=gradient)
+    return _WITH_GRADIENT(*(getattr(routing, part) for part in _PARTS), gradient)
 
 
 def _run_route(solution: Callable, case: Case) -> Any:
