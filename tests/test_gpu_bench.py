@@ -286,7 +286,8 @@ def test_tuning_takes_every_kernel_with_tiles_that_share_a_plan(fake_gpu, monkey
     assert len(results["tuned"]) == 2 * len(tune.KERNELS)
     found = {record["kernel"]: len(record["ms"]) for record in results["tuned"]}
     assert found == {
-        "product": 2, "product_tma": 2, "block_tma": 2, "gate_up": 1, "down_backward": 1, "weight_gradient": 2
+        "product": 2, "product_tma": 2, "product_tma_nested": 2, "block_tma": 2,
+        "gate_up": 1, "gate_up_tma": 1, "gate_up_tma_nested": 1, "down_backward": 1, "weight_gradient": 2,
     }  # fmt: skip
     assert "Tile(rows=16, columns=32" in capsys.readouterr().out
 
@@ -312,7 +313,7 @@ def test_tiles_to_try_are_few_differ_and_share_their_rows(kernel):
     for tile in tiles:
         chosen = tune.with_tile(kernel, tile)
         assert getattr(chosen, tune.KERNELS[kernel][0]) == tile
-        assert chosen.tma == kernel.endswith("_tma")
+        assert (chosen.tma, chosen.flatten) == ("_tma" in kernel, "_nested" not in kernel)
         if kernel != "weight_gradient":
             assert {part.rows for part in (chosen.product, chosen.gate_up, chosen.down_backward)} == {tile.rows}
 

@@ -23,12 +23,15 @@ from moe_lab.ops.tiles import Tile, Tiles, choose_tiles
 
 CLASSES = {"few": QWEN3[0], "many": QWEN3[-1]}
 # A kernel's field in `Tiles`, and its name as a launch. The product by descriptors comes alone, and as in the block:
-# its results scattered, those of the forward pass times the router's weights.
+# its results scattered, those of the forward pass times the router's weights. "nested" leaves its two loops two.
 KERNELS = {
     "product": ("product", "grouped_product"),
     "product_tma": ("product", "grouped_product_tma"),
+    "product_tma_nested": ("product", "grouped_product_tma"),
     "block_tma": ("product", "grouped_product_tma"),
     "gate_up": ("gate_up", "gate_up"),
+    "gate_up_tma": ("gate_up", "gate_up_tma"),
+    "gate_up_tma_nested": ("gate_up", "gate_up_tma"),
     "down_backward": ("down_backward", "down_backward"),
     "weight_gradient": ("weight_gradient", "weight_gradient"),
 }
@@ -42,7 +45,8 @@ def _tiles(*sizes: tuple[int, int, int, int, int]) -> list[Tile]:
 TILES = {
     "product": _tiles(
         (64, 128, 64, 4, 3), (64, 128, 64, 4, 4), (64, 256, 64, 4, 3), (64, 256, 64, 4, 4), (64, 256, 64, 8, 4),
-        (128, 128, 64, 4, 3), (128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 256, 32, 8, 4), (128, 256, 64, 8, 3),
+        (128, 128, 64, 4, 3),
+        (128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 256, 32, 8, 4), (128, 256, 64, 8, 3),
         (128, 256, 64, 8, 4), (128, 128, 128, 8, 3),
     ),
     "product_tma": _tiles(
@@ -53,28 +57,34 @@ TILES = {
         (64, 64, 64, 4, 3), (64, 64, 64, 4, 4), (64, 128, 64, 4, 3), (64, 128, 64, 4, 4), (64, 128, 64, 8, 3),
         (128, 64, 64, 4, 3), (128, 64, 64, 8, 4), (128, 128, 32, 8, 4), (128, 128, 64, 8, 3), (128, 128, 64, 8, 4),
     ),
+    "gate_up_tma": _tiles(
+        (64, 64, 64, 4, 4), (64, 64, 128, 4, 3), (64, 128, 64, 4, 3), (64, 128, 64, 8, 3), (64, 128, 64, 8, 4),
+        (128, 64, 64, 4, 4), (128, 64, 64, 8, 4), (128, 128, 32, 8, 4), (128, 128, 64, 8, 3), (128, 128, 64, 8, 4),
+    ),
     "down_backward": _tiles(
         (64, 64, 64, 4, 3), (64, 64, 64, 4, 4), (64, 128, 64, 4, 3), (64, 128, 64, 4, 4), (64, 128, 64, 8, 4),
         (128, 64, 64, 4, 4), (128, 64, 64, 8, 4), (128, 128, 64, 8, 3), (128, 128, 64, 8, 4),
     ),
     "weight_gradient": _tiles(
-        (64, 128, 64, 4, 4), (128, 128, 32, 8, 4), (128, 128, 64, 4, 3), (128, 128, 64, 8, 3), (128, 128, 64, 8, 4),
-        (128, 256, 32, 8, 4), (128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (256, 128, 64, 8, 3), (256, 128, 64, 8, 4),
+        (64, 128, 64, 4, 4), (128, 128, 32, 4, 2), (128, 128, 32, 8, 2), (128, 128, 32, 8, 4), (128, 128, 64, 4, 3),
+        (128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 256, 32, 8, 4), (128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (256, 128, 64, 8, 3), (256, 128, 64, 8, 4),
     ),
 }  # fmt: skip
-TILES["block_tma"] = TILES["product_tma"]
+TILES["block_tma"] = TILES["product_tma_nested"] = TILES["product_tma"]
+TILES["gate_up_tma_nested"] = TILES["gate_up_tma"]
 
 
 def with_tile(kernel: str, tile: Tile) -> Tiles:
     """This tile for a kernel, and for the others tiles that go with it."""
     field, launched = KERNELS[kernel]
     others = choose_tiles(80, 2, 1 if tile.rows <= 64 else 65, 1)  # of 64 or of 128 rows, on any chip
-    return dataclasses.replace(others, **{field: tile, "tma": launched == "grouped_product_tma"})
+    how = {"tma": launched.endswith("_tma"), "flatten": not kernel.endswith("_nested")}
+    return dataclasses.replace(others, **{field: tile}, **how)
 
 
 def timed(kernel: str, inputs: Inputs) -> Callable[[], object]:
     """A call in which the kernel works: the plain product forward and to its rows' gradient, or the block's passes."""
-    if kernel != "product_tma":
+    if not kernel.startswith("product_tma"):
         run = passes(inputs, {FUSED: fused(inputs)}, backward=True)[FUSED]
         return lambda: run(0)
     w, offsets = inputs.w_in.detach(), inputs.plan(0).offsets

@@ -137,16 +137,18 @@ def _blocks(tile: Tile) -> dict[str, int]:
 
 
 class RowTiles:
-    """The plan of the tiles of rows, made on the device (`moe_lab.ops.tiles.plan_tiles`), and the groups by size."""
+    """The plan of the tiles of rows (`moe_lab.ops.tiles.plan_tiles`), made on the device; how many tiles are used; and
+    the groups by size."""
 
     def __init__(self, offsets: Tensor, n_rows: int, block: int) -> None:
         self.offsets, self.n_rows, self.n_groups = offsets.contiguous(), n_rows, len(offsets)
         self.n_tiles = most_tiles(n_rows, self.n_groups + 1, block)
         self.table = offsets.new_empty(3, self.n_tiles)
+        self.n_used = offsets.new_empty(1)
         self.by_size = torch.empty_like(offsets)
         _launch(
             kernels.plan_tiles, (self.n_groups + 1,),
-            self.offsets, self.table, self.by_size, self.n_groups, n_rows, self.n_tiles,
+            self.offsets, self.table, self.n_used, self.by_size, self.n_groups, n_rows, self.n_tiles,
             BLOCK=block, GROUPS=triton.next_power_of_2(self.n_groups + 1),
         )  # fmt: skip
 
@@ -167,7 +169,7 @@ def product(
     y = x.new_empty(tiles.n_rows, n)
     precision = _precision(x)
     row_choices = None if plan is None else plan.row_choices
-    if sizes.tma and _can_describe(x, w):
+    if sizes.tma and _can_describe(x, w if w.stride(2) == 1 else w.mT):
         _product_tma(x, w, y, tiles, sizes, precision, row_choices, weights)
         return y
     tile = sizes.product
@@ -181,15 +183,15 @@ def product(
     return y
 
 
-def _can_describe(x: Tensor, w: Tensor) -> bool:
-    """Whether the copy engine takes both: rows that begin at multiples of 16 bytes, and do not overlap."""
+def _can_describe(*tensors: Tensor) -> bool:
+    """Whether the copy engine takes them: rows that begin at multiples of 16 bytes, and do not overlap."""
     return all(
         t.numel() > 0
         and t.data_ptr() % 16 == 0
         and t.stride(-1) == 1
         and t.stride(-2) >= t.shape[-1]
         and all(stride > 0 and stride * t.element_size() % 16 == 0 for stride in t.stride()[:-1])
-        for t in (x, w if w.stride(2) == 1 else w.mT)
+        for t in tensors
     )
 
 
@@ -211,9 +213,42 @@ def _product_tma(
     programs = min(_n_processors(x), tiles.n_tiles * triton.cdiv(n, tile.columns))
     _launch(
         kernels.grouped_product_tma, (programs,),
-        x_rows, w_blocks, y, tiles.table, row_choices, weights, tiles.n_tiles, tiles.n_groups, n, k, y.stride(0),
-        SCATTER=row_choices is not None, TRANSPOSED=transposed, PRECISION=precision, BAND=sizes.band,
-        tile=tile, **_blocks(tile),
+        x_rows, w_blocks, y, tiles.table, tiles.n_used, row_choices, weights, tiles.n_tiles, tiles.n_groups, n, k,
+        y.stride(0),
+        SCATTER=row_choices is not None, TRANSPOSED=transposed, PRECISION=precision, FLATTEN=sizes.flatten,
+        BAND=sizes.band, tile=tile, **_blocks(tile),
+    )  # fmt: skip
+
+
+def gate_up(
+    x: Tensor,
+    w_in: Tensor,
+    inner: Tensor | None,
+    hidden: Tensor,
+    tiles: RowTiles,
+    sizes: Tiles,
+    plan: DispatchPlan,
+    top_k: int,
+) -> None:
+    """Fills `hidden` (R, F) from tokens (T, D) and matrices (E, 2F, D), and `inner` (R, 2F) if the results are kept."""
+    d_model, width, tile = x.shape[1], hidden.shape[1], sizes.gate_up
+    constants = {
+        "TOP_K": top_k, "PRECISION": _precision(x), "BAND": sizes.band, "EVEN_K": d_model % tile.depth == 0,
+        "tile": tile, **_blocks(tile),
+    }  # fmt: skip
+    sizes_of_all = tiles.n_tiles, tiles.n_groups, width, d_model, x.stride(0)
+    n_programs = tiles.n_tiles * triton.cdiv(width, tile.columns)
+    if not (sizes.tma and _can_describe(w_in)):
+        _launch(
+            kernels.gate_up, (n_programs,),
+            x, w_in, inner, hidden, tiles.table, plan.row_choices, *sizes_of_all, *w_in.stride()[:2], **constants,
+        )  # fmt: skip
+        return
+    w_blocks = TensorDescriptor.from_tensor(w_in.view(-1, 2, width, d_model), [1, 2, tile.columns, tile.depth])
+    _launch(
+        kernels.gate_up_tma, (min(_n_processors(x), n_programs),),
+        x, w_blocks, inner, hidden, tiles.table, tiles.n_used, plan.row_choices, *sizes_of_all,
+        FLATTEN=sizes.flatten, **constants,
     )  # fmt: skip
 
 
@@ -313,20 +348,12 @@ class _MLP(torch.autograd.Function):
     def forward(
         ctx, x: Tensor, w_in: Tensor, w_down: Tensor, weights: Tensor, plan: DispatchPlan, keep: bool
     ) -> Tensor:
-        n_experts, _, width = w_down.shape
-        n_rows, top_k = plan.n_rows, weights.shape[1]
+        width, n_rows, top_k = w_down.shape[2], plan.n_rows, weights.shape[1]
         sizes = _tiles_for(x, w_down, n_rows)
         tiles = RowTiles(plan.offsets, n_rows, sizes.rows)
-        tile = sizes.gate_up
         hidden = x.new_empty(n_rows, width)
         inner = x.new_empty(n_rows, 2 * width) if keep else None
-        _launch(
-            kernels.gate_up, (tiles.n_tiles * triton.cdiv(width, tile.columns),),
-            x, w_in, inner, hidden, tiles.table, plan.row_choices,
-            tiles.n_tiles, n_experts, width, x.shape[1], x.stride(0), w_in.stride(0), w_in.stride(1),
-            TOP_K=top_k, PRECISION=_precision(x), BAND=sizes.band, EVEN_K=x.shape[1] % tile.depth == 0,
-            tile=tile, **_blocks(tile),
-        )  # fmt: skip
+        gate_up(x, w_in, inner, hidden, tiles, sizes, plan, top_k)
         ctx.plan, ctx.tiles, ctx.sizes = plan, tiles, sizes
         ctx.save_for_backward(x, w_in, w_down, weights, inner, tiles.offsets, plan.row_choices)
         return sum_of_choices(product(hidden, w_down, tiles, sizes, plan, weights), top_k)

@@ -37,8 +37,8 @@ def plan_tiles(offsets: Tensor, n_rows: int, block: int) -> Tensor:
     safe = group.clamp(max=n_groups)
     row = (tile - F.pad(tile_ends[:-1], (1, 0))[safe]) * block
     count = (counts[safe] - row).clamp(0, block)
-    plan = torch.stack([group, starts[safe] + row, count])
-    return torch.where(is_used, plan, torch.tensor([[-1], [0], [0]], device=plan.device)).int()
+    plan = (group.where(is_used, -1), (starts[safe] + row).where(is_used, 0), count.where(is_used, 0))
+    return torch.stack(plan).int()
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Tile:
         rows: of the result; likewise `columns`.
         depth: how much of the summed dimension is read at a time.
         warps: of 32 threads, in a program.
-        stages: how many depths are on their way from memory at a time.
+        stages: for how many depths there is room, of which one is multiplied while the others are on their way.
     """
 
     rows: int
@@ -64,8 +64,9 @@ class Tiles:
     """The tiles of all kernels, for one class of shapes on one kind of GPU.
 
     Those of the first three have the same number of rows, so that they share a plan. `gate_up` computes its columns
-    twice. `tma` says whether the product of rows that lie side by side takes descriptors and a grid that stays, `band`
-    how many tiles of rows go through the columns together.
+    twice. `tma` says whether the product and `gate_up` take descriptors and a grid that stays, `flatten` whether there
+    the next tile is fetched while the last one is stored, `band` how many tiles of rows go through the columns
+    together.
     """
 
     product: Tile
@@ -73,6 +74,7 @@ class Tiles:
     down_backward: Tile
     weight_gradient: Tile
     tma: bool = False
+    flatten: bool = True
     band: int = 8
 
     @property
@@ -98,9 +100,9 @@ _TILES = {
     ),
     "hopper few": Tiles(
         product=Tile(64, 256, 64, warps=4, stages=4),
-        gate_up=Tile(64, 128, 64, warps=4, stages=4),
+        gate_up=Tile(64, 128, 64, warps=8, stages=4),
         down_backward=Tile(64, 128, 64, warps=8, stages=4),
-        weight_gradient=Tile(128, 128, 64, warps=8, stages=4),
+        weight_gradient=Tile(128, 128, 32, warps=4, stages=2),
         tma=True,
     ),
     "hopper many": Tiles(

@@ -29,7 +29,9 @@ if not INTERPRETS:
     from moe_lab.ops import kernels
     from moe_lab.ops.machine_code import MOST_SHARED, TENSOR_CORE, MachineCode, compile_for
 
-MATMULS = ("grouped_product", "grouped_product_tma", "gate_up", "down_backward", "weight_gradient")
+BY_DESCRIPTORS = {"grouped_product": "grouped_product_tma", "gate_up": "gate_up_tma"}
+MATMULS = (*BY_DESCRIPTORS, *BY_DESCRIPTORS.values(), "down_backward", "weight_gradient")
+FIELDS = {"grouped_product": "product", "grouped_product_tma": "product", "gate_up_tma": "gate_up"}  # of `Tiles`
 IN_PTX = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 # Tokens of Qwen3-30B-A3B (E128 D2048 F768 K8): 32 rows an expert in the mean, and 256.
 N_TOKENS = {"few": 512, "many": 4096}
@@ -78,14 +80,21 @@ def assert_nothing_is_double_or_atomic(code: "MachineCode") -> None:
     assert not atomic, f"{code} adds in no fixed order: {atomic}"
 
 
-def assert_pipelined(code: "MachineCode", element_size: int) -> None:
-    """Shared memory holds the tiles of two steps at least, so that one comes while the other is worked on."""
+def assert_pipelined(code: "MachineCode", element_size: int, stages: int = 2) -> None:
+    """Shared memory holds the tiles of two steps at least, so that one comes while the other is worked on.
+
+    On Hopper it has room for as many as the table asks for, and a product is not waited for before the next begins.
+    """
     constants = code.constants
-    n_matrices = 2 if code.name == "gate_up" else 1
+    n_matrices = 2 if code.name.startswith("gate_up") else 1
     step = (constants["BLOCK_M"] + n_matrices * constants["BLOCK_N"]) * constants["BLOCK_K"] * element_size
     assert 2 * step <= code.shared_bytes <= MOST_SHARED[code.capability], (
         f"{code}: {code.shared_bytes} of {step} a step"
     )
+    if code.capability == 90:
+        assert stages * step <= code.shared_bytes, f"{code}: {code.shared_bytes} of {step} a step, {stages} asked for"
+        waits = {int(number) for number in re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", code.ptx)}
+        assert max(waits) >= 1, f"{code}: every product is waited for"
 
 
 SETS = [
@@ -100,8 +109,9 @@ def test_what_is_launched_runs_on_tensor_cores_within_the_chips_limits(capabilit
     with compile_for(capability) as compiled:
         forward_and_backward(N_TOKENS[load], dtype)
     launched = kernels_of_the_module()
-    tma = choose_tiles(capability, 2, 8 * N_TOKENS[load], 128).tma
-    assert {code.name for code in compiled} == launched - {"grouped_product" if tma else "grouped_product_tma"}
+    tiles = choose_tiles(capability, 2, 8 * N_TOKENS[load], 128)
+    others = BY_DESCRIPTORS if tiles.tma else BY_DESCRIPTORS.values()
+    assert {code.name for code in compiled} == launched - set(others)
     for code in different(compiled):
         assert code.capability == capability
         assert_registers_suffice(code)
@@ -110,7 +120,7 @@ def test_what_is_launched_runs_on_tensor_cores_within_the_chips_limits(capabilit
         assert "tf32" not in code.ttir + code.ptx
         if code.name in MATMULS:
             assert IN_PTX[capability] in code.ptx, f"{code} has no {IN_PTX[capability]}"
-            assert_pipelined(code, 2)
+            assert_pipelined(code, 2, getattr(tiles, FIELDS.get(code.name, code.name)).stages)
             wide = narrow_addresses(code.ttir.replace("i64", "i32"))
             assert wide, f"{code}: had it been computed in 32 bits, nobody would have noticed"
 
@@ -146,7 +156,7 @@ def test_the_machine_code_itself_holds_the_chips_matrix_instruction(capability):
 def test_sizes_that_no_block_divides_fit_into_registers_too():
     with compile_for(90) as compiled:
         forward_and_backward(N_TOKENS["many"], torch.bfloat16, 2047, 765)
-    assert "grouped_product_tma" not in {code.name for code in compiled}  # rows begin anywhere
+    assert not {code.name for code in compiled} & set(BY_DESCRIPTORS.values())  # rows begin anywhere
     for code in different(compiled):
         assert_registers_suffice(code)
         assert code.shared_bytes <= MOST_SHARED[90]
@@ -179,7 +189,7 @@ def test_sizes_of_one_compile_too():
     """Triton turns a size of one into a constant, which is another type, and the interpreter does not."""
     with compile_for(90) as compiled:
         forward_and_backward(1, torch.bfloat16, 1, 1, 1, 1)
-    assert {code.name for code in compiled} == kernels_of_the_module() - {"grouped_product_tma"}
+    assert {code.name for code in compiled} == kernels_of_the_module() - set(BY_DESCRIPTORS.values())
 
 
 def test_everything_compiles_in_fp32():

@@ -103,22 +103,23 @@ def assert_within(plan: Tensor, n_rows: int, n_groups: int, block: int) -> None:
 # --- The kernel -----------------------------------------------------------------------------------------------------
 
 
-def planned(offsets: Tensor, n_rows: int, block: int) -> tuple[Tensor, Tensor]:
-    """The kernel's table and `by_size`, each with a guard behind it that nobody may write to."""
+def planned(offsets: Tensor, n_rows: int, block: int) -> tuple[Tensor, int, Tensor]:
+    """The kernel's table, how many tiles are used, and `by_size`, each with a guard behind it that nobody may touch."""
     import triton
 
     from moe_lab.ops import kernels
 
     n_groups = len(offsets)
     n_tiles = most_tiles(n_rows, n_groups + 1, block)
-    table, by_size = (torch.full((size + 64,), -77, dtype=torch.int32) for size in (3 * n_tiles, n_groups))
+    table, n_used, by_size = (torch.full((size + 64,), -77, dtype=torch.int32) for size in (3 * n_tiles, 1, n_groups))
     guarded = torch.cat([torch.full((1,), 10**6, dtype=torch.int32), offsets, torch.full((64,), 10**6).int()])
     kernels.plan_tiles[(n_groups + 1,)](
-        guarded[1 : n_groups + 1], table, by_size, n_groups, n_rows, n_tiles,
+        guarded[1 : n_groups + 1], table, n_used, by_size, n_groups, n_rows, n_tiles,
         BLOCK=block, GROUPS=triton.next_power_of_2(n_groups + 1),
     )  # fmt: skip
-    assert set(table[3 * n_tiles :].tolist()) == set(by_size[n_groups:].tolist()) == {-77}
-    return table[: 3 * n_tiles].view(3, n_tiles), by_size[:n_groups]
+    behind = (table[3 * n_tiles :], n_used[1:], by_size[n_groups:])
+    assert all(set(guard.tolist()) == {-77} for guard in behind)
+    return table[: 3 * n_tiles].view(3, n_tiles), int(n_used[0]), by_size[:n_groups]
 
 
 def in_use(plan: Tensor) -> list[tuple[int, ...]]:
@@ -135,7 +136,8 @@ def in_use(plan: Tensor) -> list[tuple[int, ...]]:
 @example([7] * 8, 0, 4)  # equal loads keep their order
 def test_the_kernel_makes_the_same_plan_and_names_the_fullest_groups_first(counts, past, block):
     n_rows = sum(counts) + past
-    plan, by_size = planned(offsets_of(counts), n_rows, block)
+    plan, n_used, by_size = planned(offsets_of(counts), n_rows, block)
+    assert n_used == int((plan[0] >= 0).sum())
     assert in_use(plan) == in_use(plan_tiles(offsets_of(counts), n_rows, block))
     assert by_size.tolist() == sorted(range(len(counts)), key=lambda group: -counts[group])
 
@@ -144,15 +146,17 @@ def test_the_kernel_makes_the_same_plan_and_names_the_fullest_groups_first(count
 @pytest.mark.parametrize("offsets", NONSENSE, ids=str)
 def test_the_kernel_too_stays_within_the_rows_whatever_the_offsets_say(offsets):
     for block in (1, 4):
-        plan, by_size = planned(torch.tensor(offsets, dtype=torch.int32), 8, block)
+        plan, n_used, by_size = planned(torch.tensor(offsets, dtype=torch.int32), 8, block)
+        assert 0 <= n_used <= plan.shape[1]
         written = plan[:, plan[0] != -77]  # tiles of groups that overlap may go unwritten: they are too many anyway
         assert_within(written, 8, len(offsets), block)
         assert sorted(by_size.tolist()) == list(range(len(offsets)))
 
 
 @interpreted
+@pytest.mark.parametrize("tma", [False, True], ids=["portable", "descriptors"])
 @pytest.mark.parametrize("offsets", NONSENSE, ids=str)
-def test_no_kernel_leaves_the_rows_where_offsets_make_no_sense(offsets):
+def test_no_kernel_leaves_the_rows_where_offsets_make_no_sense(offsets, tma):
     """Around the rows stands NaN, which a read out of bounds would bring into a result."""
     from moe_lab.ops import launches
 
@@ -160,7 +164,8 @@ def test_no_kernel_leaves_the_rows_where_offsets_make_no_sense(offsets):
     around = torch.full((8 + 40, 24), float("nan"))
     around[20:28] = torch.randn(8, 24)
     rows, weights = around[20:28].requires_grad_(), torch.randn(len(offsets), 8, 24, requires_grad=True)
-    product = launches.grouped(rows, weights, torch.tensor(offsets, dtype=torch.int32))
+    with launches.using(tma=tma):
+        product = launches.grouped(rows, weights, torch.tensor(offsets, dtype=torch.int32))
     d_rows, d_weights = torch.autograd.grad(product, (rows, weights), torch.ones_like(product))
     assert product.shape == (8, 8)
     assert d_rows.shape == rows.shape
