@@ -28,7 +28,7 @@ def expert_capacity(n_tokens: int, top_k: int, n_experts: int, capacity_factor: 
 
 def expert_offsets(sorted_experts: Tensor, n_experts: int) -> Tensor:
     """(E,) int32, where each expert's stretch of a sorted list of expert ids (R,) ends. Needs no host sync."""
-    ids = torch.arange(n_experts, device=sorted_experts.device)
+    ids = torch.arange(n_experts, device=sorted_experts.device).to(sorted_experts.dtype)
     return torch.searchsorted(sorted_experts, ids, right=True, out_int32=True)
 
 
@@ -67,7 +67,10 @@ def make_plan(routing: Routing, capacity: int | None = None, drop: str = "positi
 
 def sort_choices(topk_experts: Tensor, n_experts: int) -> DispatchPlan:
     """Rows for all choices (T, K), sorted by expert; an expert's are in the order of its tokens."""
-    chosen, row_choices = topk_experts.flatten().sort(stable=True)
+    ids = topk_experts.flatten()
+    if n_experts <= 256:
+        ids = ids.to(torch.uint8)  # a radix sort takes its time by the bits of its keys
+    chosen, row_choices = ids.sort(stable=True)
     choice_rows = torch.empty_like(row_choices).scatter_(0, row_choices, _count_up(row_choices))
     return DispatchPlan(row_choices, choice_rows.view(topk_experts.shape), expert_offsets(chosen, n_experts))
 

@@ -75,6 +75,8 @@ def test_a_plan_with_a_capacity_by_hand():
 
 @PROPERTY
 @given(routings())
+@example(routing_of([[255, 0], [127, 128], [128, 255]], 256))  # as many as keys of 8 bit can tell apart
+@example(routing_of([[256, 0], [255, 256], [1, 300]], 301))
 def test_every_choice_has_a_row_sorted_by_expert_then_token(routing):
     plan = make_plan(routing)
     n_choices = routing.topk_experts.numel()
