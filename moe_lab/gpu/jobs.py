@@ -177,15 +177,16 @@ def sweep(bench: Bench) -> None:
         bench.add("sweep", **_named(shape), **record, product=products, block=blocks)
 
 
-# The steps of an optimisation, each a product by the same kernel with other tiles; None keeps the table's
-STEPS: dict[str, tuple[Tile, int, bool]] = {
-    "one program per tile of 32 × 32": (Tile(32, 32, 32, warps=4, stages=2), 1, False),
-    "tiles of 64 × 64": (Tile(64, 64, 32, warps=4, stages=2), 1, False),
-    "tiles of 128 × 128": (Tile(128, 128, 64, warps=8, stages=2), 1, False),
-    "more stages": (Tile(128, 128, 64, warps=8, stages=4), 1, False),
-    "tiles of 128 × 256": (Tile(128, 256, 64, warps=8, stages=3), 1, False),
-    "tile order": (Tile(128, 256, 64, warps=8, stages=3), 8, False),
-    "TMA, a grid that stays": (Tile(128, 256, 64, warps=8, stages=3), 8, True),
+# The steps of an optimisation, each the same product with other tiles: the tile, and what else of `Tiles` changes
+STEPS: dict[str, tuple[Tile, dict[str, Any]]] = {
+    "one program per tile of 32 × 32": (Tile(32, 32, 32, warps=4, stages=2), {"band": 1, "tma": False}),
+    "tiles of 64 × 64": (Tile(64, 64, 32, warps=4, stages=2), {"band": 1, "tma": False}),
+    "tiles of 128 × 128": (Tile(128, 128, 64, warps=8, stages=2), {"band": 1, "tma": False}),
+    "more stages": (Tile(128, 128, 64, warps=8, stages=4), {"band": 1, "tma": False}),
+    "tiles of 128 × 256": (Tile(128, 256, 64, warps=8, stages=3), {"band": 1, "tma": False}),
+    "tile order": (Tile(128, 256, 64, warps=8, stages=3), {"band": 8, "tma": False}),
+    "TMA, a grid that stays": (Tile(128, 256, 64, warps=8, stages=4), {"band": 8, "tma": True, "flatten": False}),
+    "the next tile while one is stored": (Tile(128, 256, 64, warps=8, stages=4), {"band": 8, "tma": True}),
 }
 TOY_TILE = Tile(16, 16, 16, warps=1, stages=1)
 
@@ -203,9 +204,9 @@ def steps(bench: Bench, shape: Shape, load: str) -> None:
     ends = offsets.tolist()
     fullest = max(end - start for start, end in zip([0, *ends], ends, strict=False))
 
-    def with_tile(tile: Tile, band: int, tma: bool) -> Run:
+    def with_tile(tile: Tile, changes: dict[str, Any]) -> Run:
         def run(_: int) -> tuple[torch.Tensor]:
-            with launches().using(product=tile, band=band, tma=tma):
+            with launches().using(product=tile, **changes):
                 return (grouped_mm(rows, w, offsets, "triton"),)
 
         return run
@@ -213,11 +214,11 @@ def steps(bench: Bench, shape: Shape, load: str) -> None:
     found: dict[str, Run | str] = {LOOP: lambda _: runs[LOOP](0)}
     found["padded"] = lambda _: (grouped_mm(rows, w, offsets, "padded"),)
     moved = {}  # of the library's products nobody knows what they ask for
-    for name, (tile, band, tma) in STEPS.items():
+    for name, (tile, changes) in STEPS.items():
         tile = tile if bench.device == "cuda" else TOY_TILE
         moved[name] = floors.asked(n_rows, n_in, n_out, tile.rows, tile.columns)
-        can = not tma or candidates.can_tma(inputs.device)
-        found[name] = with_tile(tile, band, tma) if can else "needs a GPU of compute capability 9.0"
+        can = not changes["tma"] or candidates.can_tma(inputs.device)
+        found[name] = with_tile(tile, changes) if can else "needs a GPU of compute capability 9.0"
     measured = compare(found, 1, work.flops, bench.device, ("padded", *STEPS))
     for name, one in measured.items():
         if name in moved:
