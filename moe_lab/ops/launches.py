@@ -102,8 +102,14 @@ def _capability(x: Tensor) -> int:
 
 
 def _tiles_for(x: Tensor, w: Tensor, n_rows: int) -> Tiles:
-    is_even = all(size % 16 == 0 for size in w.shape[1:])
+    is_even = all(size % 16 == 0 for size in w.shape[1:]) and all(map(_is_aligned, (x, w)))
     return _choose(_capability(x), x.element_size(), n_rows, len(w), is_even)
+
+
+def _is_aligned(x: Tensor) -> bool:
+    """Whether all rows begin at multiples of 16 bytes, so that they can be read 16 bytes at a time."""
+    strides = [stride * x.element_size() for stride in x.stride() if stride != 1]
+    return x.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in strides)
 
 
 def _precision(x: Tensor) -> str:
@@ -187,10 +193,10 @@ def _can_describe(*tensors: Tensor) -> bool:
     """Whether the copy engine takes them: rows that begin at multiples of 16 bytes, and do not overlap."""
     return all(
         t.numel() > 0
-        and t.data_ptr() % 16 == 0
+        and _is_aligned(t)
         and t.stride(-1) == 1
         and t.stride(-2) >= t.shape[-1]
-        and all(stride > 0 and stride * t.element_size() % 16 == 0 for stride in t.stride()[:-1])
+        and all(stride > 1 for stride in t.stride()[:-1])
         for t in tensors
     )
 

@@ -26,6 +26,7 @@ TENSOR_CORE = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 # A program's most shared memory, bytes: CUDA C++ Programming Guide, table "Technical Specifications per Compute
 # Capability".
 MOST_SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+_VALUE = re.compile(r"%[\w.$-]+")  # a name in TTIR
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,49 @@ class MachineCode:
         """Instructions that multiply matrices on the tensor cores, of whichever generation."""
         return sum(n for name, n in self.instructions.items() if name.endswith(("HMMA", "HGMMA")))
 
+    @cached_property
+    def narrow_addresses(self) -> list[str]:
+        """Of its TTIR, the lines whose places were computed in 32 bits though they grow with the data."""
+        return narrow_addresses(self.ttir)
+
     def __repr__(self) -> str:
         return f"MachineCode({self.name}, compute capability {self.capability / 10:.1f})"
+
+
+def narrow_addresses(ttir: str) -> list[str]:
+    """Lines that move a pointer by an index times a size, where the product was taken in 32 bits.
+
+    An index is what grows with the data: a program's number, what was loaded (a group, a row, a choice), a loop's
+    counter. A size is an argument of the kernel: a stride, or a dimension. Within a tile both sides are small, and 32
+    bits will do.
+    """
+    text = re.sub(r"loc\((?:[^()]|\([^()]*\))*\)", "", ttir)
+    header = next(line for line in text.splitlines() if "tt.func" in line)
+    kinds: dict[str, set[str]] = {name: {"size"} for name in re.findall(r"(%[\w.$-]+): i(?:32|64)\b", header)}
+    found = []
+    for line in text.splitlines():
+        if not line.lstrip().startswith("%") or " = " not in line:
+            continue
+        left, right = line.split(" = ", 1)
+        results, operation = _VALUE.findall(left.split(":")[0]), re.match(r'"?([\w.]+)', right)[1]
+        operands = [kinds.get(name, {"index"}) for name in _VALUE.findall(right.split(" : ")[0])]
+        kind = set().union(*operands)
+        if operation in ("arith.constant", "tt.make_range"):
+            kind = set()
+        elif operation in ("tt.load", "tt.get_program_id", "tt.get_num_programs", "scf.for", "tt.reduce"):
+            kind = {"index"}
+        elif operation in ("arith.divsi", "arith.remsi"):
+            kind = {"index"} if kind else set()  # the number of a block, or of blocks: no longer a size
+        elif operation == "arith.muli" and right.rstrip().endswith(("i32", "i32>")):
+            one, other = operands if len(operands) == 2 else operands * 2
+            if ("index" in one and "size" in other) or ("size" in one and "index" in other):
+                kind.add("narrow")
+        elif operation == "tt.addptr" and "narrow" in operands[-1]:
+            found.append(line.strip())
+        if operation == "tt.addptr":
+            kind = set()
+        kinds.update((name, kind) for name in results)
+    return found
 
 
 def _cuobjdump(cubin: bytes, option: str) -> str:

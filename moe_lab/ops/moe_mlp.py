@@ -83,7 +83,8 @@ def triton_kernels(x: Tensor, w_in: Tensor, w_down: Tensor, plan: DispatchPlan, 
     """Two products, each one kernel with what stands around it, and no tensor of T·K rows of D but the last.
 
     For NVIDIA GPUs from Ampere on; without a host sync, and the same bits every time. For the backward pass it keeps x
-    and what SwiGLU was given, (R, 2F).
+    and what SwiGLU was given, (R, 2F). With few tokens Python takes longer to launch the kernels than a GPU to run
+    them: capture such calls in a CUDA graph.
     """
     return launches().mlp(x, w_in, w_down, plan, weights)
 

@@ -121,8 +121,8 @@ def choose_tiles(capability: int, element_size: int, n_rows: int, n_groups: int,
     """The tiles for a GPU (90 is compute capability 9.0; 0 the interpreter) and a class of shapes: a pure function.
 
     Args:
-        is_even: whether the lengths of all rows are multiples of 16. Otherwise every element has an address and a mask
-            of its own, and large tiles do not fit into registers.
+        is_even: whether the lengths of all rows are multiples of 16, and rows begin at multiples of 16 bytes. Otherwise
+            every element has an address and a mask of its own, and large tiles do not fit into registers.
     """
     if capability == 0:
         return _TILES["interpreter"]

@@ -27,7 +27,7 @@ if not INTERPRETS:
     import triton
 
     from moe_lab.ops import kernels
-    from moe_lab.ops.machine_code import MOST_SHARED, TENSOR_CORE, MachineCode, compile_for
+    from moe_lab.ops.machine_code import MOST_SHARED, TENSOR_CORE, MachineCode, compile_for, narrow_addresses
 
 BY_DESCRIPTORS = {"grouped_product": "grouped_product_tma", "gate_up": "gate_up_tma"}
 MATMULS = (*BY_DESCRIPTORS, *BY_DESCRIPTORS.values(), "down_backward", "weight_gradient")
@@ -162,6 +162,15 @@ def test_sizes_that_no_block_divides_fit_into_registers_too():
         assert code.shared_bytes <= MOST_SHARED[90]
 
 
+def test_rows_that_begin_anywhere_fit_into_registers_too():
+    rows = meta(2048, 2049, dtype=torch.bfloat16)[:, :2048]
+    matrices = meta(4, 768, 2048, dtype=torch.bfloat16)
+    with compile_for(90) as compiled:
+        grouped_mm(rows, matrices, meta(4, dtype=torch.int32), "triton")
+    assert [code.name for code in compiled] == ["plan_tiles", "grouped_product"]
+    assert_registers_suffice(compiled[-1])
+
+
 def test_fp32_is_exact_unless_torch_is_told_otherwise():
     def compiled(capability: int = 80) -> "MachineCode":
         with compile_for(capability) as found:
@@ -214,44 +223,6 @@ def test_another_number_of_rows_does_not_compile_anew():
 
 
 # --- 64-bit places --------------------------------------------------------------------------------------------------
-
-VALUE = re.compile(r"%[\w.$-]+")
-
-
-def narrow_addresses(ttir: str) -> list[str]:
-    """Lines that move a pointer by an index times a size, where the product was taken in 32 bits.
-
-    An index is what grows with the data: a program's number, what was loaded (a group, a row, a choice), a loop's
-    counter. A size is an argument of the kernel: a stride, or a dimension. Within a tile both sides are small, and 32
-    bits will do.
-    """
-    text = re.sub(r"loc\((?:[^()]|\([^()]*\))*\)", "", ttir)
-    header = next(line for line in text.splitlines() if "tt.func" in line)
-    kinds: dict[str, set[str]] = {name: {"size"} for name in re.findall(r"(%[\w.$-]+): i(?:32|64)\b", header)}
-    found = []
-    for line in text.splitlines():
-        if not line.lstrip().startswith("%") or " = " not in line:
-            continue
-        left, right = line.split(" = ", 1)
-        results, operation = VALUE.findall(left.split(":")[0]), re.match(r'"?([\w.]+)', right)[1]
-        operands = [kinds.get(name, {"index"}) for name in VALUE.findall(right.split(" : ")[0])]
-        kind = set().union(*operands)
-        if operation in ("arith.constant", "tt.make_range"):
-            kind = set()
-        elif operation in ("tt.load", "tt.get_program_id", "tt.get_num_programs", "scf.for", "tt.reduce"):
-            kind = {"index"}
-        elif operation in ("arith.divsi", "arith.remsi"):
-            kind = {"index"} if kind else set()  # the number of a block, or of blocks: no longer a size
-        elif operation == "arith.muli" and right.rstrip().endswith(("i32", "i32>")):
-            one, other = operands if len(operands) == 2 else operands * 2
-            if ("index" in one and "size" in other) or ("size" in one and "index" in other):
-                kind.add("narrow")
-        elif operation == "tt.addptr" and "narrow" in operands[-1]:
-            found.append(line.strip())
-        if operation == "tt.addptr":
-            kind = set()
-        kinds.update((name, kind) for name in results)
-    return found
 
 
 @cache
