@@ -60,6 +60,12 @@ my_guess = {
     "GPUs of 80 GB": None,
 }
 
+
+def said(name):
+    """What you guessed, to stand beside what comes out."""
+    return "no guess" if my_guess.get(name) is None else f"you said {my_guess[name]}"
+
+
 # %% [markdown]
 # ## 1 Four numbers behind "size"
 #
@@ -358,10 +364,10 @@ for name in shown:
 # %%
 v3_total = accounting.count_parameters(V3).total
 v3_active = accounting.count_parameters(V3, active=True)
-print(f"DeepSeek-V3: {v3_total / 1e9:.1f} B, you said {my_guess['billions, total']}")
+print(f"DeepSeek-V3: {v3_total / 1e9:.1f} B ({said('billions, total')})")
 print(f"active: {v3_active.total / 1e9:.2f} B, {v3_active.total / v3_total:.1%}")
 print(f"without the embedding: {v3_active.without_embedding / 1e9:.2f} B")
-print(f"you said {my_guess['billions, active']}")
+print(f"({said('billions, active')})")
 
 # %% [markdown]
 # V3's card says 37 B: the second convention. Which one do the others print, with the embedding (A) or without it (B)?
@@ -399,6 +405,8 @@ llama = PRESETS["Llama-7B"].config
 v3_layer, llama_layer = (accounting.layer_flops(model, 4096) for model in (V3, llama))
 print(f"parameters: {v3_total / accounting.count_parameters(llama).total:.1f} times")
 print(f"a layer's FLOPs: {v3_layer.total / llama_layer.total:.2f} times")
+v3_pass, llama_pass = (accounting.count_flops(model, 4096) for model in (V3, llama))
+print(f"all layers and the head: {v3_pass.total / llama_pass.total:.2f} times")
 
 # %% [markdown]
 # ### Exercise 9.4 · FLOPs of one layer (*optional*)
@@ -457,7 +465,7 @@ for what, held in {
     "in training": accounting.training_bytes(V3).total,
 }.items():
     print(f"{what:<25}{held / 1e9:>9,.1f} GB   {math.ceil(held / 80e9):>4} GPUs of 80 GB")
-print("you said", my_guess["GPUs of 80 GB"], "(as released)")
+print(f"({said('GPUs of 80 GB')}, as released)")
 
 # %% [markdown]
 # That is before a single token. Then each sequence adds its cache: in V3 512 + 64 numbers per token and layer, of 2 bytes.
@@ -583,12 +591,8 @@ def weights_read(config, batch):
 for batch in (1, 32, 256):
     gb = weights_read(V3, batch) / 1e9
     print(f"B {batch:>3}: {gb:>6.1f} GB in fp8, {gb / batch:>5.1f} for each token")
-print(
-    "you said",
-    my_guess["GB a step reads, 1 user"],
-    "and",
-    my_guess["GB a step reads, 32 users"],
-)
+for users in ("1 user", "32 users"):
+    print(f"{users}: {said(f'GB a step reads, {users}')}")
 
 # %%
 viz.draw_decode_reads()
@@ -602,8 +606,9 @@ viz.draw_decode_reads()
 viz.draw_rooflines()
 
 # %% [markdown]
-# Long prompts compute, decoding waits. The dense model gains from a batch at once, until its caches (GQA-8) are what it reads.
-# V3 starts higher, for MLA computes more per byte, and gains late. How many tokens does an expert see?
+# Long prompts compute, decoding waits. (No single H200 holds V3: as many as do share this work evenly.) The dense model
+# gains from a batch at once, until caches (GQA-8) are what it reads. V3 starts higher, for MLA computes more per byte,
+# gains late. How many tokens does an expert see?
 
 # %%
 for batch in (32, 512, 8192):
@@ -664,12 +669,12 @@ for name, (tokens, stated) in runs.items():
     )
 
 # %% [markdown]
-# The rate was chosen to fit V3's pre-training. That it fits the other says: the bills differ by active parameters and tokens.
+# The rate was chosen to fit V3's pre-training. That it fits the other, too, says: bills differ by active parameters and tokens.
 #
 # ## 9 The claims
 #
-# What five popular articles say, in our words. A claim is settled by code that *computes*, by *recorded* runs or a *shown* cell of
-# this course, by a *cited* source; or it is *open*:
+# What five articles say, in our words. A claim is settled by code that *computes*, by *recorded* runs or a *shown* cell of
+# this course, by arithmetic on *stated* figures, by a *cited* source; or it is *open*:
 
 # %%
 from moe_lab.claims import load_claims, show
@@ -680,10 +685,11 @@ print(ledger.summary())
 
 # %% [markdown]
 # Verdicts are *true*, *roughly* (the right idea, a number or the scope is off), *misleading* (true words, wrong conclusion),
-# *false*, and *undisclosed* (nobody but the owner knows). **Predict** the verdicts of these ten:
+# *false*, and *undisclosed* (nobody but the owner knows). **Predict** the verdicts of these twelve:
 
 # %%
-asked = ["S0.1", "S0.6", "S0.11", "S1.1", "S1.8", "S2.1", "S2.3", "S2.13", "S3.9", "S4.24"]
+asked = ["S0.1", "S0.6", "S0.11", "S1.1", "S1.8", "S2.1"]
+asked += ["S2.3", "S2.13", "S3.4", "S3.9", "S4.23", "S4.24"]
 for claim_id in asked:
     print(textwrap.fill(f"{claim_id:<6} {ledger[claim_id].claim}", 88))
 
@@ -697,7 +703,9 @@ my_verdicts = {
     "S2.1": "",
     "S2.3": "",
     "S2.13": "",
+    "S3.4": "",
     "S3.9": "",
+    "S4.23": "",
     "S4.24": "",
 }
 
@@ -717,7 +725,7 @@ D, all_layers = V3.d_model, V3.n_layers
 one_layer = attention_parameters(V3) + 256 * D + 257 * ffn_parameters(D, 2048, "relu")
 wrong = V3.vocab_size * D + all_layers * one_layer
 print(f"{wrong / 1e9:.1f} B instead of {v3_total / 1e9:.1f} B")
-print(f"{ledger['S0.1'].verdict}; you said {my_verdicts.get('S0.1')!r}")
+print(f"{ledger['S0.1'].verdict}; your verdict: {my_verdicts.get('S0.1') or 'no guess'}")
 
 # %% [markdown]
 # That is a **reconstruction**, not a fact: the article does not say how it counted. But one forgotten matrix, three layers
@@ -727,13 +735,20 @@ print(f"{ledger['S0.1'].verdict}; you said {my_verdicts.get('S0.1')!r}")
 
 # %%
 def settle(*claim_ids):
-    """What the lines of some claims give, both verdicts, and why."""
+    """What the lines of some claims give or a source says, both verdicts, and why."""
+    indented = {"initial_indent": "   ", "subsequent_indent": "   "}
     for claim in (ledger[claim_id] for claim_id in claim_ids):
         print(textwrap.fill(f"{claim.id}  {claim.claim}", 88))
         for check in claim.check():
-            print(f"{show(check.got):>24}  {check.line.what}")
-        print(f"   verdict: {claim.verdict}   (you said {my_verdicts.get(claim.id)!r})")
-        print(textwrap.fill(claim.why, 88, initial_indent="   ", subsequent_indent="   "))
+            line = f"{show(check.got):>24}  {check.line.what}"
+            print(textwrap.fill(line, 88, subsequent_indent=" " * 26))
+        if claim.cited:
+            print(textwrap.fill(f"cited: {claim.cited}", 88, **indented))
+        guess = my_verdicts.get(claim.id)
+        print(
+            f"   verdict: {claim.verdict}   ({f'you said {guess}' if guess else 'no guess'})"
+        )
+        print(textwrap.fill(claim.why, 88, **indented))
         print()
 
 
@@ -764,26 +779,34 @@ settle("S2.1", "S2.3", "S2.13")
 # **The last two** (S3, S4) are primers.
 
 # %%
-settle("S3.9", "S4.24")
+settle("S3.4", "S3.9")
 
 # %% [markdown]
-# Both take one case for all. The first is right where it applies; the second is refuted by a single node of eight H200, which
-# hold 1,128 GB.
+# Both take one case for all, and the first is outdated.
 
 # %%
-right = sum(my_verdicts[name].strip().lower() == ledger[name].verdict for name in asked)
-print(f"{right} of your {len(asked)} verdicts are the ledger's")
+settle("S4.23", "S4.24")
+
+# %% [markdown]
+# The first stands as it is: it is what makes V3's attention so large a part. The second is refuted by a single node of eight
+# H200, which hold 1,128 GB.
+
+# %%
+guessed = {name: guess.strip().lower() for name, guess in my_verdicts.items() if guess}
+right = sum(guess == ledger[name].verdict for name, guess in guessed.items())
+print(f"{right} of your {len(guessed)} verdicts are the ledger's")
 
 # %% [markdown]
 # ### All of them (*optional*)
 #
-# Ask for any: `ledger["S2.8"]`, or some: `ledger.where(verdict="misleading")`, `where(article="S4")`, `where(kind="open")`.
+# Ask for any: `ledger["S2.8"]`, or some: `ledger.where(verdict="misleading")`, `where(article="S4")`. Of what is open the ledger says no more than which
+# way its author leans:
 
 # %%
 ledger["S2.8"]
 
 # %%
-ledger.where(article="S2")
+ledger.where(kind="open")
 
 # %% [markdown]
 # ## 10 Dense or sparse?
@@ -793,7 +816,9 @@ ledger.where(article="S2")
 # **Is there memory?** Weights by the total, then a cache for every sequence. Here 32 of 32,768 tokens, weights as released:
 
 # %%
-from moe_lab.roofline import GPUS
+from bisect import bisect_left
+
+from moe_lab.roofline import GPUS, decode
 
 caches = 32 * accounting.cache_bytes(V3, 32_768)
 print(f"weights {released / 1e9:.0f} GB, caches {caches / 1e9:.0f} GB")
@@ -816,8 +841,55 @@ for batch in (1, 2, 3, 8, 64):
     )
 
 # %% [markdown]
-# Two. From three on it reads more, and computes less at any batch.
-#
+# Two. From three on it reads more, and computes less at any batch. So is it slower ever after? Behind each sequence now lie 4,096
+# tokens, and all is bf16. Times are floors at the rates of one H200; as many as hold a model share its work. Left Mixtral, right
+# Llama:
+
+# %%
+h200, both = GPUS["H200"], (mixtral, llama_70b)
+print(f"{'B':>5}{'ms a step':>20}{'tokens a second':>20}{'H200s that hold it':>21}")
+for batch in (1, 2, 3, 64, 256, 512, 2048):
+    steps = [decode(model, batch, 4096) for model in both]
+    rows = [[f"{1000 * step.seconds(h200):.0f}" for step in steps]]
+    rows += [[f"{step.tokens_per_second(h200, batch):,.0f}" for step in steps]]
+    held = [
+        accounting.weight_bytes(m) + batch * accounting.cache_bytes(m, 4096) for m in both
+    ]
+    rows += [[str(math.ceil(size / h200.memory)) for size in held]]
+    print(f"{batch:>5}" + "".join(f"{' | '.join(pair):>20}" for pair in rows))
+
+# %% [markdown]
+# It loses its lead at three and wins it back between 256 and 512: there all its experts are read anyway, and what grows
+# are caches, of 56 layers against 80, or compute. **Predict** where, with these caches and with none:
+
+
+# %%
+def is_faster(batch, context):
+    """Whether Mixtral's step is the shorter one."""
+    times = [decode(model, batch, context).seconds(h200) for model in both]
+    return times[0] < times[1]
+
+
+for context in (0, 4096):  # it changes once in either range, so that halving finds where
+    lost = bisect_left(range(1, 64), True, key=lambda b: not is_faster(b, context)) + 1
+    again = bisect_left(range(64, 2048), True, key=lambda b: is_faster(b, context)) + 64
+    print(
+        f"{context:>5} tokens behind: slower from {lost} on, faster again from {again} on"
+    )
+
+# %% [markdown]
+# **When is its memory worth it?** For one or two users, and for hundreds: then caches outweigh weights. In between it is paid for
+# twice, to hold and to read (claim S2.10).
+
+# %%
+caches = [accounting.cache_bytes(model, 4096) for model in both]
+weights = [accounting.weight_bytes(model) for model in both]
+equal = (weights[0] - weights[1]) / (caches[1] - caches[0])
+print(f"weights {weights[0] / 1e9:.0f} and {weights[1] / 1e9:.0f} GB")
+print(f"a sequence's cache {caches[0] / 1e9:.2f} and {caches[1] / 1e9:.2f} GB")
+print(f"from {math.ceil(equal)} sequences on the sparse one takes less memory")
+
+# %% [markdown]
 # **What GPU?** (*optional*) To keep it computing, a weight that is read once must serve enough tokens: on an H200 206, in fp8 too
 # (half the bytes, twice the rate). An expert sees B · k/E, so B is E/k times that. Caches come on top:
 
@@ -838,7 +910,7 @@ for name in ("H100", "H200", "MI300X"):
 # | one user, much memory | active bytes | sparse: it reads like a small model |
 # | one user, little memory | total bytes | dense, or a small MoE |
 # | some tens of users, one machine | touched experts | dense, if speed counts: a sparse one reads most of its weights for few tokens each |
-# | thousands of users, many GPUs | tokens per expert | sparse: compute counts, and it follows the active size |
+# | hundreds or thousands, many GPUs | tokens per expert | sparse: compute and caches count, and compute follows the active size |
 # | long texts | cache per token | the attention, before the experts |
 #
 # **Move the sliders.** What do more experts change at a batch of 1, and of 64? What does a larger top-k?

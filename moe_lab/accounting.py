@@ -9,12 +9,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from numbers import Integral
 
-from moe_lab.config import LMConfig, MoEConfig, RouterConfig, SwitchConfig
+from moe_lab.config import LMConfig, MoEConfig, RouterConfig, SwitchConfig, n_visible
 
-BYTES = {"fp32": 4, "bf16": 2, "fp8": 1}
 FP8_BLOCK = 128  # values that share an fp32 scale: DeepSeek-V3 (2024), section 3.3.2
 T5_POSITION_BUCKETS = 32  # Raffel et al. 2020, section 2.1
 MXFP4_BITS = 4 + 8 / 32  # 32 values of 4 bits share a scale of 8: OCP Microscaling Formats 1.0, section 5
+# Of one number. Scales are in MXFP4's 4.25 bits; fp8's are left out, 4 bytes beside 16,384 in DeepSeek-V3's blocks.
+BYTES = {"fp32": 4, "bf16": 2, "fp8": 1, "mxfp4": MXFP4_BITS / 8}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -307,11 +308,10 @@ def _require_count(least: int = 0, **counts: int) -> None:
 def count_flops(config: LMConfig, tokens: int, causal: bool = True) -> Flops:
     """FLOPs of a forward pass over one sequence of `tokens`; a training step costs three times as much.
 
-    With `causal`, position s pays for the s + 1 positions that it sees, or for those in its window; without, every pair
-    is paid for, which is what an implementation that masks a full score matrix computes, and what
+    With `causal`, position s pays for the s + 1 positions that it sees, or for those in its window or chunk; without,
+    every pair is paid for, which is what an implementation that masks a full score matrix computes, and what
     `torch.utils.flop_counter` counts. In a layer of experts a token pays for the router, its `top_k` experts and the
     shared ones; no capacity is assumed. Latent attention is counted as in training, with keys and values of all heads.
-    Chunks, as Llama 4 has them, are counted like windows of their size, which is too much beyond the first chunk.
 
     Raises:
         ValueError: fewer than one token.
@@ -331,13 +331,10 @@ def layer_flops(config: LMConfig, tokens: int, layer: int = -1, causal: bool = T
     """
     _require_decoder(config)
     _require_count(1, tokens=tokens)
-    if not -config.n_layers <= layer < config.n_layers:
-        raise ValueError(f"layer={layer}: expected {-config.n_layers} to {config.n_layers - 1}.")
-    layer %= config.n_layers
-    per_token = 2 * tokens
+    layer, per_token = _layer(config, layer), 2 * tokens
     scores = {
         "attention_projections": per_token * _attention_products(config),
-        "attention_scores": 2 * config.n_heads * _pair_width(config) * _pairs(tokens, config.window_of(layer), causal),
+        "attention_scores": 2 * config.n_heads * _pair_width(config) * _pairs(config, tokens, layer, causal),
     }
     if not config.has_experts(layer):
         return Flops(**scores, ffn=per_token * ffn_parameters(config))
@@ -352,16 +349,34 @@ def layer_flops(config: LMConfig, tokens: int, layer: int = -1, causal: bool = T
     )
 
 
+def _layer(config: LMConfig, layer: int) -> int:
+    """A layer's number from 0, also where it is counted from the last."""
+    if layer not in range(-config.n_layers, config.n_layers):
+        raise ValueError(f"layer={layer}: expected {-config.n_layers} to {config.n_layers - 1}.")
+    return layer % config.n_layers
+
+
 def _pair_width(config: LMConfig) -> int:
     """Multiply-adds of one head for one pair of positions: the score, and the value's share."""
     return config.d_head + (config.mla.d_value if config.mla else config.d_head)
 
 
-def _pairs(tokens: int, window: int | None, causal: bool) -> int:
+def _pairs(config: LMConfig, tokens: int, layer: int, causal: bool) -> int:
+    """How often a position sees another or itself in a layer."""
     if not causal:
         return tokens**2
-    seen = min(window or tokens, tokens)
-    return seen * (seen + 1) // 2 + (tokens - seen) * seen
+    window = min(config.window_of(layer) or tokens, tokens)
+    of_a_window = window * (window + 1) // 2  # while it fills
+    if config.chunked:
+        chunks, rest = divmod(tokens, window)
+        return chunks * of_a_window + rest * (rest + 1) // 2
+    return of_a_window + (tokens - window) * window
+
+
+def _visible(config: LMConfig, positions: int) -> int:
+    """How many of so many positions the last one sees, summed over the layers."""
+    windows = (config.window_of(layer) for layer in range(config.n_layers))
+    return sum(n_visible(positions, window, config.chunked) for window in windows)
 
 
 def decode_flops(config: LMConfig, context: int) -> float:
@@ -378,10 +393,8 @@ def decode_flops(config: LMConfig, context: int) -> float:
     per_position = config.n_heads * _pair_width(config)
     if config.mla:
         per_position = config.n_heads * (2 * config.mla.kv_rank + config.mla.d_rope)
-    windows = (config.window_of(layer) for layer in range(config.n_layers))
-    positions = sum(min(context + 1, window or context + 1) for window in windows)
     one_token = count_flops(config, 1)
-    return one_token.total - one_token.attention_scores + 2 * per_position * positions
+    return one_token.total - one_token.attention_scores + 2 * per_position * _visible(config, context + 1)
 
 
 def training_flops_per_token(config: LMConfig, tokens: int, causal: bool = True) -> float:
@@ -400,8 +413,8 @@ def six_nd(config: LMConfig, n_tokens: float) -> float:
 # --- Bytes ----------------------------------------------------------------------------------------------------------
 
 
-def bytes_of(number: str) -> int:
-    """Bytes of one number in a format.
+def bytes_of(number: str) -> float:
+    """Bytes of one number in a format; in "mxfp4" half of one and its share of a scale.
 
     Raises:
         ValueError: a format that is not known.
@@ -411,8 +424,11 @@ def bytes_of(number: str) -> int:
     return BYTES[number]
 
 
-def weight_bytes(config: LMConfig | SwitchConfig, number: str = "bf16", active: bool = False) -> int:
-    """Bytes of all parameters, or of those that are active."""
+def weight_bytes(config: LMConfig | SwitchConfig, number: str = "bf16", active: bool = False) -> float:
+    """Bytes of all parameters, or of those that are active, if all were in one format.
+
+    Released checkpoints mix formats: see `fp8_checkpoint_bytes` and `mxfp4_checkpoint_bytes`.
+    """
     return count_parameters(config, active).total * bytes_of(number)
 
 
@@ -426,45 +442,103 @@ class TrainingBytes(Parts):
     moments: int
 
 
-def training_bytes(config: LMConfig | SwitchConfig) -> TrainingBytes:
-    """Mixed precision with Adam, 16 bytes a parameter: bf16 weights and gradients, fp32 weights and two moments.
+def training_bytes(
+    config: LMConfig | SwitchConfig, *, gradients: int = 2, moments: int = 8, shards: int = 1
+) -> TrainingBytes:
+    """What a GPU holds of all parameters in mixed precision: by default 16 bytes each, as with Adam.
+
+    bf16 weights, fp32 master weights; DeepSeek-V3 (2024, section 3.3.3) has `gradients=4, moments=4`, in fp32 and bf16.
 
     Source: Rajbhandari et al. 2020 (ZeRO), section 3.1.
+
+    Args:
+        gradients: bytes of a parameter's gradient.
+        moments: bytes of what the optimiser remembers of it: 8 for Adam's two in fp32, 4 for one momentum, 0 for none.
+        shards: over how many GPUs master weights and moments are divided (ZeRO's stage 1).
+
+    Raises:
+        ValueError: negative bytes, or fewer than one shard.
     """
+    _require_count(gradients=gradients, moments=moments)
+    _require_count(1, shards=shards)
     n = count_parameters(config).total
-    return TrainingBytes(weights=2 * n, gradients=2 * n, master_weights=4 * n, moments=8 * n)
+    own = math.ceil(n / shards)
+    return TrainingBytes(weights=2 * n, gradients=gradients * n, master_weights=4 * own, moments=moments * own)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationBytes(Parts):
-    """What one layer of experts computes for some tokens."""
+    """What one layer computes for some tokens."""
 
     hidden: int
     attention: int
-    dispatched: int
-    expert_hidden: int
-    expert_outputs: int
+    ffn_hidden: int = 0
+    dispatched: int = 0
+    expert_hidden: int = 0
+    expert_outputs: int = 0
 
 
-def activation_bytes(config: LMConfig, tokens: int, number: str = "bf16") -> ActivationBytes:
-    """The larger tensors of one layer of experts, if nothing is computed again: what goes in and comes out, queries,
-    keys and values, a copy of every token for each of its experts, what SwiGLU is given and gives, and their outputs.
+def activation_bytes(config: LMConfig, tokens: int, number: str = "bf16", layer: int = -1) -> ActivationBytes:
+    """The larger tensors of one layer, if nothing is computed again: what goes in and comes out, queries, keys and
+    values, and what SwiGLU is given and gives; in a layer of experts a copy of every token for each of its experts, and
+    their outputs, too. Scores of attention are left out, as if no matrix of them were ever written.
+
+    Args:
+        layer: counted from 0 or, with a minus, from the last.
 
     Raises:
-        ValueError: a model without experts, negative tokens, or an unknown format.
+        ValueError: negative tokens, an unknown format, or a layer that the model does not have.
     """
+    _require_decoder(config)
     _require_count(tokens=tokens)
-    moe, per_token = _require_experts(config), tokens * bytes_of(number)
-    mla = config.mla
+    layer, per_token = _layer(config, layer), tokens * bytes_of(number)
+    mla, moe = config.mla, config.moe
     keys_and_values = 2 * config.n_kv_heads * config.d_head if mla is None else config.n_heads * _pair_width(config)
+    common = {
+        "hidden": per_token * 2 * config.d_model,
+        "attention": per_token * (config.n_heads * config.d_head + keys_and_values),
+    }
+    if not config.has_experts(layer):
+        return ActivationBytes(**common, ffn_hidden=per_token * ffn_matrices(config) * config.d_ff)
     width = moe.top_k * moe.d_ff + moe.d_ff_shared
     return ActivationBytes(
-        hidden=per_token * 2 * config.d_model,
-        attention=per_token * (config.n_heads * config.d_head + keys_and_values),
+        **common,
         dispatched=per_token * moe.top_k * moe.d_model,
         expert_hidden=per_token * _matrices(moe.expert) * width,
         expert_outputs=per_token * moe.top_k * moe.d_model,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelActivationBytes(Parts):
+    """What a whole model keeps of some tokens until the backward pass has used it."""
+
+    layers: int
+    layer_inputs: int = 0
+    logits: int
+
+
+def model_activation_bytes(
+    config: LMConfig, tokens: int, number: str = "bf16", recompute: bool = False
+) -> ModelActivationBytes:
+    """`activation_bytes` of all layers, and the logits.
+
+    With `recompute` each layer keeps its input alone, and computes the rest again when the backward pass comes to it;
+    then one layer, the largest, is there in full. What one layer gives and the next is given is one tensor.
+
+    Source: Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost" (arXiv 1604.06174), section 4.
+
+    Raises:
+        ValueError: negative tokens, or an unknown format.
+    """
+    _require_decoder(config)
+    _require_count(tokens=tokens)
+    one = tokens * bytes_of(number)
+    stream, logits = one * config.d_model, one * config.vocab_size
+    layers = [activation_bytes(config, tokens, number, layer).total for layer in range(config.n_layers)]
+    if recompute:
+        return ModelActivationBytes(layers=max(layers), layer_inputs=(config.n_layers - 1) * stream, logits=logits)
+    return ModelActivationBytes(layers=sum(layers) - (config.n_layers - 1) * stream, logits=logits)
 
 
 def fp8_checkpoint_bytes(config: LMConfig) -> int:
@@ -514,16 +588,17 @@ def cache_numbers(config: LMConfig) -> int:
 
 
 def cache_bytes(config: LMConfig, tokens: int = 1, number: str = "bf16") -> int:
-    """Bytes that all layers keep of one sequence; a layer with a window keeps that many positions at most.
+    """Bytes that all layers keep of one sequence: of the positions that its last token sees.
+
+    A layer with a window keeps that many positions at most; one with chunks lets go of them where a chunk ends, so that
+    the most is kept just before.
 
     Raises:
         ValueError: negative tokens, or an unknown format.
     """
     _require_decoder(config)
     _require_count(tokens=tokens)
-    windows = (config.window_of(layer) for layer in range(config.n_layers))
-    positions = sum(min(tokens, window or tokens) for window in windows)
-    return positions * cache_numbers(config) * bytes_of(number)
+    return _visible(config, tokens) * cache_numbers(config) * bytes_of(number)
 
 
 # --- What a batch touches -------------------------------------------------------------------------------------------
@@ -535,9 +610,11 @@ def distinct_experts(n_experts: int, top_k: int, batch: int) -> float:
     Tokens choose independently, every expert as often as any other. Real ones are alike, and touch fewer.
 
     Raises:
-        ValueError: more chosen than there are, or a negative batch.
+        ValueError: more chosen than there are, a negative batch, or parts of experts or tokens.
     """
     _require_count(batch=batch)
+    _require_count(1, n_experts=n_experts)
+    _require_count(top_k=top_k)
     if not 0 < top_k <= n_experts:
         raise ValueError(f"top_k={top_k}: expected 1 to n_experts={n_experts}.")
     return n_experts * (1 - (1 - top_k / n_experts) ** batch)

@@ -1,10 +1,12 @@
 """Causal self-attention with rotary positions: grouped queries, or a latent vector; and what each keeps in a cache."""
 
+import weakref
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_lab.config import LMConfig
+from moe_lab.config import LMConfig, n_visible
 
 
 def rotary_angles(positions: int, d_head: int, theta: float, device: torch.device | None = None) -> Tensor:
@@ -32,20 +34,28 @@ class Cache:
     def __init__(self) -> None:
         self.kept: tuple[Tensor, ...] = ()
         self.n_seen = 0
+        self._layer: weakref.ref[nn.Module] | None = None  # whose positions these are; a cache keeps no weights alive
 
-    def extend(self, *new: Tensor, window: int | None = None) -> tuple[Tensor, ...]:
-        """Everything kept so far with the new positions behind it; of that the last `window` positions are kept.
+    def extend(
+        self, *new: Tensor, layer: nn.Module, window: int | None = None, chunked: bool = False
+    ) -> tuple[Tensor, ...]:
+        """Everything kept so far with the new positions behind it; of that what the last one sees is kept.
 
         Raises:
-            ValueError: another number of sequences or heads than what is kept.
+            ValueError: another layer than before, or another number of sequences or heads than what is kept.
         """
+        if self._layer is not None and self._layer() is not layer:
+            expected = "one for each layer, as `caches = [Cache() for _ in layers]` makes them"
+            raise ValueError(f"the cache holds {self.n_seen} positions of another layer: expected {expected}.")
         if self.kept and [t.shape[:-2] for t in self.kept] != [t.shape[:-2] for t in new]:
             held, came = (tuple(tensors[0].shape[:-2]) for tensors in (self.kept, new))
             raise ValueError(f"the cache holds sequences (and heads) {held}, and these are {came}: expected the same.")
         whole = tuple(torch.cat(both, dim=-2) for both in zip(self.kept, new, strict=True)) if self.kept else new
+        self._layer = weakref.ref(layer)
         self.n_seen += new[0].shape[-2]
-        cuts = window is not None and whole[0].shape[-2] > window
-        self.kept = tuple(tensor[..., -window:, :].clone() for tensor in whole) if cuts else whole  # a view keeps all
+        visible = n_visible(self.n_seen, window, chunked)
+        cuts = whole[0].shape[-2] > visible
+        self.kept = tuple(tensor[..., -visible:, :].clone() for tensor in whole) if cuts else whole  # a view keeps all
         return whole
 
     @property
@@ -61,17 +71,19 @@ def attend(
     *,
     scale: float | None = None,
     window: int | None = None,
+    chunked: bool = False,
     sinks: Tensor | None = None,
 ) -> Tensor:
     """Queries (B, H, S, d) on keys (B, KV, L, d) and values (B, KV, L, d_v), to (B, H, S, d_v).
 
-    The queries are the last S of L positions. Each sees itself and those before it, with `window` the last so many.
+    The queries are the last S of L positions. Each sees itself and those before it, with `window` the last so many, or
+    if it is `chunked` those in its chunk; the first of the L positions begins one, as it does in a cache.
     `sinks` (H,) are scores that take part in every softmax and bring no value.
     """
     n_new, n_all = q.shape[-2], k.shape[-2]
     options = {"scale": scale, "enable_gqa": q.shape[1] != k.shape[1]}
     if n_new == 1 and sinks is None:  # sees all that the window leaves; heads that share a key are as many queries
-        k, v = (t[..., -(window or n_all) :, :] for t in (k, v))
+        k, v = (t[..., -n_visible(n_all, window, chunked) :, :] for t in (k, v))
         grouped = q.reshape(len(q), k.shape[1], q.shape[1] // k.shape[1], q.shape[-1])
         y = F.scaled_dot_product_attention(grouped, k, v, scale=scale)
         return y.reshape(*q.shape[:-1], v.shape[-1])
@@ -79,7 +91,9 @@ def attend(
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, **options)
     here = torch.arange(n_all - n_new, n_all, device=q.device)[:, None]
     there = torch.arange(n_all, device=q.device)
-    sees = (there <= here) & (there > here - (window or n_all))  # (S, L)
+    window = window or n_all
+    near = there // window == here // window if chunked else there > here - window
+    sees = (there <= here) & near  # (S, L)
     scores = torch.zeros_like(sees, dtype=q.dtype).masked_fill(~sees, float("-inf"))
     if sinks is not None:  # one more position, whose key and value are zero
         k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
@@ -98,7 +112,7 @@ class Attention(nn.Module):
     def __init__(self, config: LMConfig, window: int | None = None) -> None:
         super().__init__()
         self.n_heads, self.n_kv_heads, self.d_head = config.n_heads, config.n_kv_heads, config.d_head
-        self.rope_theta, self.window = config.rope_theta, window
+        self.rope_theta, self.window, self.chunked = config.rope_theta, window, config.chunked
         self.w_q = nn.Linear(config.d_model, config.n_heads * config.d_head, bias=config.qkv_bias)
         self.w_k = nn.Linear(config.d_model, config.n_kv_heads * config.d_head, bias=config.qkv_bias)
         self.w_v = nn.Linear(config.d_model, config.n_kv_heads * config.d_head, bias=config.qkv_bias)
@@ -127,8 +141,8 @@ class Attention(nn.Module):
         angles = rotary_angles(n_seen + length, self.d_head, self.rope_theta, x.device)[n_seen:]
         q, k = rotate(q, angles), rotate(k, angles)
         if cache is not None:
-            k, v = cache.extend(k, v, window=self.window)
-        mixed = attend(q, k, v, window=self.window, sinks=self.sinks)
+            k, v = cache.extend(k, v, layer=self, window=self.window, chunked=self.chunked)
+        mixed = attend(q, k, v, window=self.window, chunked=self.chunked, sinks=self.sinks)
         return self.w_o(mixed.transpose(1, 2).reshape(batch, length, self.n_heads * self.d_head))
 
 
@@ -178,7 +192,7 @@ class MLA(nn.Module):
         angles = rotary_angles(n_seen + length, mla.d_rope, self.rope_theta, x.device)[n_seen:]
         q_rope, k_rope = rotate(q_rope, angles), rotate(k_rope, angles)
         if cache is not None:
-            latent, k_rope = cache.extend(latent, k_rope)
+            latent, k_rope = cache.extend(latent, k_rope, layer=self)
         mix = self._in_latent_space if absorb else self._in_heads
         mixed = mix(q_nope, q_rope, latent, k_rope)  # (B, H, S, d_value)
         return self.w_o(mixed.transpose(1, 2).flatten(2))

@@ -2,7 +2,7 @@
 
 `data/claims.yaml` holds the claims. The verdict is a judgement, `why` its reason: a claim can be numerically right and
 mislead. The code judges numbers only: `Claim.check` evaluates the expressions of a claim and holds what they give to
-what the ledger says. No torch, unless an expression counts bytes between ranks.
+what the ledger says. No torch.
 """
 
 import ast
@@ -30,6 +30,7 @@ VERDICTS = ("true", "roughly", "misleading", "false", "undisclosed")
 KINDS = {
     "computes": "expressions over released configurations, held to the stated values",
     "recorded": "expressions over the recorded runs of this course, held to the stated values",
+    "stated": "arithmetic on figures as a source states them",
     "shown": "a cell of a lesson, whose printed result says it",
     "cited": "reading a source",
     "open": "nothing yet: a later notebook",
@@ -48,7 +49,6 @@ MODELS = {
     "DeepSeekMoE": "DeepSeekMoE-16B",
     "V2": "DeepSeek-V2",
     "V3": "DeepSeek-V3",
-    "R1": "DeepSeek-R1",
     "K2": "Kimi-K2",
     "Qwen3": "Qwen3-30B-A3B",
     "OLMoE": "OLMoE-1B-7B",
@@ -305,8 +305,8 @@ class Claim:
         value: what is right, in a sentence.
         why: the reason for the verdict.
         withheld: the model whose numbers nobody disclosed; then nothing is computed.
-        computes, recorded, shown, cited, open: exactly one of them, see `KINDS`. `cited` is what the source says,
-            `open` the number of the notebook that will settle it.
+        computes, recorded, stated, shown, cited, open: exactly one of them, see `KINDS`. `cited` is what the source
+            says, `open` the number of the notebook that will settle it.
     """
 
     id: str
@@ -319,6 +319,7 @@ class Claim:
     withheld: str | None = None
     computes: tuple[Line, ...] = ()
     recorded: tuple[Line, ...] = ()
+    stated: tuple[Line, ...] = ()
     shown: Shown | None = None
     cited: str | None = None
     open: str | None = None
@@ -329,9 +330,14 @@ class Claim:
         return next(kind for kind in KINDS if getattr(self, kind))
 
     @property
+    def standing(self) -> str:
+        """The verdict; of an open claim, which way its author leans."""
+        return f"open, leaning {self.verdict}" if self.open else self.verdict
+
+    @property
     def lines(self) -> tuple[Line, ...]:
         """Its expressions, if it has any."""
-        return self.computes or self.recorded
+        return self.computes or self.recorded or self.stated
 
     def check(self) -> Checks:
         """Evaluates every expression of the claim; empty where something else settles it.
@@ -367,12 +373,12 @@ class Claim:
             )
             for name, text in parts
         )
-        return "\n".join([f"{self.id} · {self.verdict} · {self.article}", *wrapped])
+        return "\n".join([f"{self.id} · {self.standing} · {self.article}", *wrapped])
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        cells = [("claim", html.escape(self.claim)), ("verdict", f"<b>{self.verdict}</b>: {html.escape(self.why)}")]
+        cells = [("claim", html.escape(self.claim)), ("verdict", f"<b>{self.standing}</b>: {html.escape(self.why)}")]
         cells += [("value", html.escape(self.value))]
         settled = [f"{_code(line.expression)}<br>= {html.escape(str(line))}" for line in self.lines]
         settled = settled or map(html.escape, self._settled_by())
@@ -423,7 +429,7 @@ class Ledger(dict[str, Claim]):
         return _text_table(("", *KINDS, "all"), rows)
 
     def _rows(self) -> list[tuple[str, ...]]:
-        return [(claim.id, claim.verdict, claim.kind, claim.claim) for claim in self.values()]
+        return [(claim.id, claim.standing, claim.kind, claim.claim) for claim in self.values()]
 
     def __str__(self) -> str:
         return _text_table(("claim", "verdict", "settled by", "it says"), self._rows())
@@ -518,8 +524,9 @@ def _claim(entry: object, articles: Mapping[str, str], sources: Mapping[str, Sou
         raise LedgerError(f"{where}: {found} settles it: expected exactly one of {', '.join(KINDS)}.")
     kind = kinds[0]
     made = {kind: entry[kind]}
-    if kind in ("computes", "recorded"):
+    if kind in ("computes", "recorded", "stated"):
         expect(isinstance(entry[kind], list) and entry[kind], kind, "a list of expressions")
+        expect(kind != "stated" or entry["sources"], "sources", "the source that states the figures")
         made[kind] = tuple(_line(line, f"{where}: {kind}") for line in entry[kind])
     elif kind == "shown":
         _require_keys(entry[kind], f"{where}: shown", {"lesson", "cell", "prints"})

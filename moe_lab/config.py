@@ -241,6 +241,8 @@ class LMConfig:
         attention_sinks: a learned score per head that takes part in attention's softmax and has no value (gpt-oss).
         window: how many positions attention sees, its own among them; None for all. Every `full_every`-th layer,
             counted from 1, sees all nevertheless (0: none does).
+        chunked: the window does not slide: positions are cut into chunks as long as it, and each sees those before it
+            in its own chunk (Llama 4).
 
     Raises:
         ValueError: a field that cannot be, with its name, its value and what was expected.
@@ -266,6 +268,7 @@ class LMConfig:
     attention_sinks: bool = False
     window: int | None = None
     full_every: int = 0
+    chunked: bool = False
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-5
 
@@ -273,7 +276,7 @@ class LMConfig:
         _require_positive_int(self, "d_model", "n_layers", "n_heads", "d_ff", "vocab_size", "moe_every")
         if self.n_kv_heads is None:
             object.__setattr__(self, "n_kv_heads", self.n_heads)
-        _require_bool(self, "qkv_bias", "output_bias", "attention_sinks", "tied_embeddings")
+        _require_bool(self, "qkv_bias", "output_bias", "attention_sinks", "tied_embeddings", "chunked")
         _require_one_of(self, "qk_norm", QK_NORMS)
         _require_mla_fits(self)
         if self.d_head is None:
@@ -292,6 +295,7 @@ class LMConfig:
             _require_positive_int(self, "window")
         has_window = self.window is not None or not self.full_every
         _require(has_window, "full_every", self.full_every, "0 where there is no window")
+        _require(self.window is not None or not self.chunked, "chunked", True, "False where there is no window")
         _require_moe_fits(self)
         _require_positive(self, "rope_theta", "norm_eps")
 
@@ -305,7 +309,7 @@ class LMConfig:
         return sum(map(self.has_experts, range(self.n_layers)))
 
     def window_of(self, layer: int) -> int | None:
-        """How many positions this layer, counted from 0, sees; None for all."""
+        """How many positions this layer, counted from 0, sees at most; None for all."""
         return None if self.full_every and (layer + 1) % self.full_every == 0 else self.window
 
     def but(self, **changes: object) -> Self:
@@ -319,6 +323,15 @@ class LMConfig:
         if self.n_heads * self.d_head == self.d_model or is_latent:
             changes = {"d_head": None} | changes
         return replace(self, **changes)
+
+
+def n_visible(positions: int, window: int | None = None, chunked: bool = False) -> int:
+    """How many of so many positions the last one sees, itself among them: all, a window, or its chunk so far."""
+    if window is None:
+        return positions
+    if chunked and positions:
+        return (positions - 1) % window + 1
+    return min(positions, window)
 
 
 def _require_mla_fits(config: LMConfig) -> None:

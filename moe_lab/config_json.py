@@ -5,6 +5,7 @@ What is read was held against the families' classes in transformers 5 (tests/tes
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -17,6 +18,7 @@ from moe_lab.presets import MOE_FAMILIES
 
 MOST_LAYERS = 10_000  # more is a slip of the pen, and would take minutes to count
 MOST = 10**15  # of anything
+MOST_DIGITS = 100  # of a whole number: more than any has that could be counted
 MOST_BYTES = 16 * 2**20  # the file has a few kilobytes; weights have more
 
 
@@ -64,6 +66,7 @@ _EXPERTS = {
     "d_ff": "intermediate_size",
     "normalise": "norm_topk_prob?",
 }
+_LOCAL_EXPERTS = _EXPERTS | {"n_experts": "num_local_experts|num_experts"}
 _FINE_EXPERTS = _EXPERTS | {"d_ff": "moe_intermediate_size"}
 _DEEPSEEK_EXPERTS = _FINE_EXPERTS | {
     "n_experts": "n_routed_experts|num_experts|num_local_experts",
@@ -94,8 +97,10 @@ class _Family:
         always, experts_always: what the family has, unless its file says otherwise.
         placed_by: the fields that say which layers have experts; none if all do.
         windows: the fields that say which layers see how much, the size first.
+        chunked: whether windows are chunks, in place of sliding.
         windowed: whether a layer, counted from 0, has the window if there is no `layer_types`; the second argument is
             what `max_window_layers` says.
+        norm_if: a field that says whether each head's queries and keys have a norm; the file may lack it.
         must_be: values that another count would follow from; missing is right, too.
         ignored: fields that change no count in this family.
     """
@@ -108,13 +113,14 @@ class _Family:
     latent: Mapping[str, str] | None = None
     placed_by: tuple[str, ...] = ()
     windows: tuple[str, ...] = ()
+    chunked: bool = False
     windowed: Callable[[int, int], bool] = lambda layer, limit: True
+    norm_if: str | None = None
     must_be: Mapping[str, tuple] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
 
 
 _QWEN_WINDOWS = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
-_LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
 _QWEN_PLACES = ("decoder_sparse_step", "mlp_only_layers")
 _DEEPSEEK_PLACES = ("first_k_dense_replace", "moe_layer_freq")
 
@@ -128,13 +134,25 @@ _DEEPSEEK_V3 = _Family(
     must_be={"attention_bias": (False,), "scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",)},
     ignored=("head_dim", "qk_head_dim"),  # of the part that RoPE turns, and the sum of both parts
 )
+_GLM_4 = _Family(
+    architecture=("Glm4MoeForCausalLM",),
+    fields=_DENSE | {"qkv_bias": "attention_bias?"},
+    experts=_DEEPSEEK_EXPERTS,
+    experts_always=MOE_FAMILIES["deepseek_v3"],
+    placed_by=_DEEPSEEK_PLACES,
+    norm_if="use_qk_norm",
+    ignored=("partial_rotary_factor",),
+)
+_FURTHER = ("num_nextn_predict_layers", "num_mtp_layers")  # the second name is transformers 5's
+_PREDICT_FURTHER = (_DEEPSEEK_V3, _GLM_4)  # their modules for that have the same parts
 _LLAMA_4 = _Family(
     architecture=("Llama4ForConditionalGeneration", "Llama4ForCausalLM"),
     fields=_DENSE | _BIASES | {"d_head": "head_dim", "d_ff": "intermediate_size_mlp"},
-    experts=_EXPERTS,
+    experts=_LOCAL_EXPERTS,
     experts_always=MOE_FAMILIES["llama4"],
     placed_by=("interleave_moe_layer_step", "moe_layers"),
     windows=("attention_chunk_size", "layer_types", "no_rope_layers", "no_rope_layer_interval"),
+    chunked=True,
     ignored=("use_qk_norm", "attn_temperature_tuning", "floor_scale", "attn_scale"),  # that norm has no weights
 )
 
@@ -149,7 +167,7 @@ FAMILIES: dict[str, _Family] = {
     "mixtral": _Family(
         architecture=("MixtralForCausalLM",),
         fields=_DENSE,
-        experts=_EXPERTS,
+        experts=_LOCAL_EXPERTS,
         experts_always=MOE_FAMILIES["mixtral"],
         windows=("sliding_window",),
     ),
@@ -220,11 +238,12 @@ FAMILIES: dict[str, _Family] = {
     ),
     "deepseek_v3": _DEEPSEEK_V3,
     "kimi_k2": _DEEPSEEK_V3,
+    "glm4_moe": _GLM_4,
     "gpt_oss": _Family(
         architecture=("GptOssForCausalLM",),
         fields=_DENSE | _BIASES | {"d_head": "head_dim"},
         always={"qkv_bias": True, "output_bias": True, "attention_sinks": True},
-        experts=_EXPERTS | {"top_k": "num_experts_per_tok|experts_per_token"},
+        experts=_LOCAL_EXPERTS | {"top_k": "num_experts_per_tok|experts_per_token"},
         experts_always=MOE_FAMILIES["gpt_oss"],
         windows=("sliding_window", "layer_types"),
         windowed=lambda layer, limit: layer % 2 == 0,
@@ -275,7 +294,7 @@ def _json(path: Path) -> object:
             raise ValueError("there is no such file; give the path of a model's config.json.")
         if path.stat().st_size > MOST_BYTES:
             raise ValueError(f"it has {path.stat().st_size:,} bytes: {instead}.")
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        return json.loads(path.read_text(encoding="utf-8-sig"), parse_int=_whole, object_pairs_hook=_object)
     except OSError as error:
         raise ValueError(f"it cannot be read: {error.strerror}.") from None
     except UnicodeDecodeError:
@@ -287,6 +306,20 @@ def _json(path: Path) -> object:
         raise ValueError(f"its values stand in each other too deep: {instead}.") from None
 
 
+def _whole(digits: str) -> int:
+    if len(digits) > MOST_DIGITS:  # before Python refuses it in words of its own
+        raise ValueError(f"it has a number of {len(digits):,} digits: expected at most {MOST_DIGITS}.")
+    return int(digits)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        twice = next(key for key, n in Counter(key for key, _ in pairs).items() if n > 1)
+        raise ValueError(f"{twice} is there more than once: expected one value for it.")
+    return values
+
+
 def _read(values: object, name: str) -> FoundModel:
     model_type, values = _model_type(values)
     file, family = _File(values, model_type), FAMILIES[model_type]
@@ -295,6 +328,8 @@ def _read(values: object, name: str) -> FoundModel:
         file.must_be(wanted, expected)
     n_layers = file.whole("num_hidden_layers", least=1, most=MOST_LAYERS)
     made: dict[str, Any] = _rope_theta(file) | _window(file, family, n_layers)
+    if family.norm_if and file.truth(family.norm_if):
+        made["qk_norm"] = "head"
     if family.latent:
         made["mla"] = file.make(MLAConfig, family.latent, {})
     if family.experts:
@@ -302,8 +337,9 @@ def _read(values: object, name: str) -> FoundModel:
         made["moe"] = file.make(MoEConfig, family.experts | {"d_model": "hidden_size"}, family.experts_always)
     config = file.make(LMConfig, family.fields, dict(family.always) | made)
     n_mtp = 0
-    if family is _DEEPSEEK_V3:
-        n_mtp = file.whole("num_nextn_predict_layers", least=0, default=0, most=MOST_LAYERS)
+    if family in _PREDICT_FURTHER:
+        counts = (file.whole(name, least=0, default=0, most=MOST_LAYERS) for name in _FURTHER)
+        n_mtp = max(counts)
     return FoundModel(
         name=name or model_type,
         model_type=model_type,
@@ -329,7 +365,13 @@ def _model_type(values: object) -> tuple[str, Mapping[str, Any]]:
         found = f" and architectures={classes!r}" if classes else ""
         raise ValueError(f"this is no model: model_type is missing{found}. Expected {known}.")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise ValueError(f"model_type={model_type!r}: expected {known}.")
+        inside = values.get("text_config")
+        found = inside.get("model_type") if isinstance(inside, Mapping) else None
+        if isinstance(found, str) and found in FAMILIES:
+            instead = f"Its text_config is of type {found}: put that part alone into a file."
+        else:
+            instead = "To count another, write its sizes as an LMConfig (moe_lab.config), and count that."
+        raise ValueError(f"model_type={model_type!r}: expected {known}. {instead}")
     expected = FAMILIES[model_type].architecture
     if classes and not set(expected) & set(map(str, classes)):
         raise ValueError(f"architectures={classes!r}: expected {' or '.join(expected)} for {model_type}.")
@@ -363,6 +405,13 @@ class _File:
             expected = f"{least} or more" if most is None else f"{least} to {most:,}"
             raise ValueError(f"{name}={value!r}: expected a whole number, {expected}.")
         return value
+
+    def truth(self, name: str) -> bool:
+        """True or false, which may be missing or null: false."""
+        value = self.get(name)
+        if value not in (True, False, None):
+            raise ValueError(f"{name}={value!r}: expected true or false.")
+        return bool(value)
 
     def each(self, name: str, is_one: Callable[[object], bool], expected: str) -> list | None:
         """A list, which may be missing or null."""
@@ -491,8 +540,8 @@ def _has_experts(n_layers: int, n_dense_layers: int, every: int) -> list[bool]:
     return [layer >= n_dense_layers and (layer + 1) % every == 0 for layer in range(n_layers)]
 
 
-def _window(file: _File, family: _Family, n_layers: int) -> dict[str, int]:
-    """How much layers see, as `window` and `full_every`; nothing where all see all, or where it cannot be said so."""
+def _window(file: _File, family: _Family, n_layers: int) -> dict[str, int | bool]:
+    """How much layers see, as `window`, `full_every`, `chunked`; nothing where all see all, or it cannot be said so."""
     if not family.windows:
         return {}
     file.asked |= set(family.windows)
@@ -500,26 +549,23 @@ def _window(file: _File, family: _Family, n_layers: int) -> dict[str, int]:
     size = file.get(family.windows[0])
     if size is None or not any(has):
         return {}
-    size = file.whole(family.windows[0], least=1)
+    found = {"window": file.whole(family.windows[0], least=1), "chunked": family.chunked}
     full = [layer + 1 for layer, is_windowed in enumerate(has) if not is_windowed]
     if not full:
-        return {"window": size}
+        return found
     if full == list(range(full[0], n_layers + 1, full[0])):
-        return {"window": size, "full_every": full[0]}
+        return found | {"full_every": full[0]}
     file.asked -= set(family.windows)  # so that they are among those left out
     return {}
 
 
 def _windowed_layers(file: _File, family: _Family, n_layers: int) -> list[bool]:
     """For each layer, whether it has the window."""
-    if "use_sliding_window" in family.windows:
-        is_used = file.get("use_sliding_window")
-        if is_used not in (True, False, None):
-            raise ValueError(f"use_sliding_window={is_used!r}: expected true or false.")
-        if not is_used:
-            return [False] * n_layers
+    if "use_sliding_window" in family.windows and not file.truth("use_sliding_window"):
+        return [False] * n_layers
     if "layer_types" in family.windows:
-        types = file.each("layer_types", lambda kind: kind in _LAYER_TYPES, " or ".join(_LAYER_TYPES))
+        known = ("full_attention", "chunked_attention" if family.chunked else "sliding_attention")
+        types = file.each("layer_types", lambda kind: kind in known, " or ".join(known))
         if types is not None:
             _require_length("layer_types", types, n_layers)
             return [kind != "full_attention" for kind in types]

@@ -1,8 +1,10 @@
 """Configurations of real models, each with its source, and the course's own baseline."""
 
 import difflib
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from moe_lab.accounting import fp8_checkpoint_bytes, mxfp4_checkpoint_bytes
 from moe_lab.config import LMConfig, MLAConfig, MoEConfig, SwitchConfig, TrainConfig
 
 # What makes a layer of experts that of a family, beside its sizes. Each line was held against the family's class in
@@ -232,8 +234,8 @@ GPT_OSS_120B = LMConfig(
 GPT_OSS_20B = GPT_OSS_120B.but(n_layers=24, moe=GPT_OSS_120B.moe.but(n_experts=32))
 
 # models/llama4/args.py and MODEL_CARD.md of meta-llama/llama-models, and the released config.json; the text part. Three
-# of four layers see chunks of 8,192 positions, here a window of that size. Only sizes: the layers without RoPE, and the
-# norm without weights on queries and keys, are not said here.
+# of four layers see chunks of 8,192 positions. Only sizes: the layers without RoPE, and the norm without weights on
+# queries and keys, are not said here.
 LLAMA_4_SCOUT = LMConfig(
     vocab_size=202_048,
     d_model=5120,
@@ -244,6 +246,7 @@ LLAMA_4_SCOUT = LMConfig(
     d_ff=16_384,
     window=8192,
     full_every=4,
+    chunked=True,
     rope_theta=500_000.0,
     moe=MoEConfig(d_model=5120, d_ff=8192, n_experts=16, top_k=1, **MOE_FAMILIES["llama4"]),
 )
@@ -292,6 +295,7 @@ class Preset:
         counts_embedding: whether their active figure holds the embedding table; None where either rounds to it, or
             neither does.
         n_mtp: modules beside the model that predict one token further.
+        checkpoint_bytes: counts its released weights, where they mix formats.
     """
 
     name: str
@@ -300,6 +304,12 @@ class Preset:
     source: str
     counts_embedding: bool | None = None
     n_mtp: int = 0
+    checkpoint_bytes: Callable[[LMConfig], int] | None = None
+
+    @property
+    def released_bytes(self) -> int | None:
+        """Bytes of the model's weights as its makers released them; None where they did so in one format."""
+        return self.checkpoint_bytes(self.config) if self.checkpoint_bytes else None
 
 
 V3_SOURCE = "DeepSeek-V3 (2024, arXiv 2412.19437), abstract"
@@ -376,6 +386,7 @@ PRESETS = {
             source=V3_SOURCE,
             counts_embedding=False,
             n_mtp=1,
+            checkpoint_bytes=fp8_checkpoint_bytes,
         ),
         Preset(
             name="DeepSeek-R1",
@@ -384,6 +395,7 @@ PRESETS = {
             source="README of deepseek-ai/DeepSeek-R1: trained from DeepSeek-V3-Base",
             counts_embedding=False,
             n_mtp=1,
+            checkpoint_bytes=fp8_checkpoint_bytes,
         ),
         Preset(
             name="Kimi-K2",
@@ -391,6 +403,7 @@ PRESETS = {
             stated=("1T", "32B"),
             source="README of MoonshotAI/Kimi-K2",
             counts_embedding=False,
+            checkpoint_bytes=fp8_checkpoint_bytes,
         ),
         Preset(
             name="Qwen3-30B-A3B",
@@ -417,6 +430,7 @@ PRESETS = {
             stated=("20.91B", "3.61B"),
             source="gpt-oss-120b & gpt-oss-20b Model Card (2025), table 1",
             counts_embedding=False,
+            checkpoint_bytes=mxfp4_checkpoint_bytes,
         ),
         Preset(
             name="gpt-oss-120b",
@@ -424,6 +438,7 @@ PRESETS = {
             stated=("116.83B", "5.13B"),
             source="gpt-oss-120b & gpt-oss-20b Model Card (2025), table 1",
             counts_embedding=False,
+            checkpoint_bytes=mxfp4_checkpoint_bytes,
         ),
         Preset(
             name="Llama 4 Scout",

@@ -4,11 +4,23 @@ Rates are what makers state for dense products, which no program reaches; so tim
 more than they do.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 from moe_lab.accounting import bytes_of, cache_bytes, count_flops, decode_flops, decode_reads
 from moe_lab.config import LMConfig
+
+
+def _require_whole(least: int, **counts: int) -> None:
+    for name, value in counts.items():
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{name}={value!r}: expected {least} or more, a whole number.")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,15 +113,18 @@ GPUS = {
 class Work:
     """Operations (a multiply-add is two), and the bytes of memory that they cannot do without.
 
+    Times are of one GPU, as if it held all of it, or of several that share the work evenly and lose no time over what
+    they exchange.
+
     Raises:
-        ValueError: negative operations, or no bytes.
+        ValueError: negative operations, no bytes, or what is no finite number.
     """
 
     flops: float
     bytes: float
 
     def __post_init__(self) -> None:
-        if self.flops < 0 or self.bytes <= 0:
+        if not (_is_number(self.flops) and _is_number(self.bytes)) or self.flops < 0 or self.bytes <= 0:
             raise ValueError(f"flops={self.flops}, bytes={self.bytes}: expected 0 or more, and more than 0.")
 
     @property
@@ -117,9 +132,23 @@ class Work:
         """Operations per byte."""
         return self.flops / self.bytes
 
-    def seconds(self, gpu: Gpu, number: str = "bf16") -> float:
-        """The longer of computing and reading; they go on at the same time."""
-        return max(self.flops / gpu.rate(number), self.bytes / gpu.bytes_per_second)
+    def seconds(self, gpu: Gpu, number: str = "bf16", n_gpus: int = 1) -> float:
+        """The longer of computing and reading; they go on at the same time.
+
+        Raises:
+            ValueError: a format that the GPU does not take, or fewer than one GPU.
+        """
+        _require_whole(1, n_gpus=n_gpus)
+        return max(self.flops / gpu.rate(number), self.bytes / gpu.bytes_per_second) / n_gpus
+
+    def tokens_per_second(self, gpu: Gpu, batch: int, number: str = "bf16", n_gpus: int = 1) -> float:
+        """Of a step that writes a token for each of `batch` sequences: at most so many a second, all together.
+
+        Raises:
+            ValueError: a format that the GPU does not take, fewer than one sequence, or fewer than one GPU.
+        """
+        _require_whole(1, batch=batch)
+        return batch / self.seconds(gpu, number, n_gpus)
 
     def reached(self, gpu: Gpu, number: str = "bf16") -> float:
         """Operations per second at most: the roofline at this intensity."""
@@ -131,9 +160,17 @@ class Work:
 
 
 def prefill(config: LMConfig, tokens: int, batch: int = 1, number: str = "bf16") -> Work:
-    """Reading `batch` prompts of `tokens`: weights that are touched are read once, a bf16 cache is written."""
+    """Reading `batch` prompts of `tokens`: weights that are touched are read once, a bf16 cache is written.
+
+    Serving asks the head once per sequence, at the prompt's last position, where training asks it at every one.
+
+    Raises:
+        ValueError: fewer than one token or prompt, or an unknown format.
+    """
+    _require_whole(1, tokens=tokens, batch=batch)
+    counted = count_flops(config, tokens)
     return Work(
-        flops=batch * count_flops(config, tokens).total,
+        flops=batch * (counted.total - counted.head + counted.head // tokens),
         bytes=decode_reads(config, batch * tokens) * bytes_of(number) + batch * cache_bytes(config, tokens),
     )
 
@@ -142,7 +179,11 @@ def decode(config: LMConfig, batch: int, context: int, number: str = "bf16") -> 
     """One new token for each of `batch` sequences with `context` positions behind it, in a bf16 cache.
 
     Experts as in `distinct_experts`; the cache is read, and what is added to it left out.
+
+    Raises:
+        ValueError: fewer than one sequence, a negative context, or an unknown format.
     """
+    _require_whole(1, batch=batch)
     return Work(
         flops=batch * decode_flops(config, context),
         bytes=decode_reads(config, batch) * bytes_of(number) + batch * cache_bytes(config, context),
@@ -153,9 +194,9 @@ def gpu_hours(flops: float, gpu: Gpu, share: float, number: str = "bf16") -> flo
     """Hours of one GPU for so many operations, at a share of its stated rate; times a price per hour it is the bill.
 
     Raises:
-        ValueError: negative operations, or a share that is not above 0 and at most 1.
+        ValueError: negative operations, a share that is not above 0 and at most 1, or what is no finite number.
     """
-    if flops < 0 or not 0 < share <= 1:
+    if not (_is_number(flops) and _is_number(share)) or flops < 0 or not 0 < share <= 1:
         raise ValueError(f"flops={flops}, share={share}: expected 0 or more, and more than 0 and at most 1.")
     return flops / (gpu.rate(number) * share) / 3600
 
@@ -166,8 +207,8 @@ def utilisation(flops: float, hours: float, gpu: Gpu, number: str = "bf16") -> f
     Source: Chowdhery et al. 2022 (PaLM), section 4.1.
 
     Raises:
-        ValueError: no hours.
+        ValueError: negative operations, no hours, or what is no finite number.
     """
-    if hours <= 0:
-        raise ValueError(f"hours={hours}: expected more than 0.")
+    if not (_is_number(flops) and _is_number(hours)) or flops < 0 or hours <= 0:
+        raise ValueError(f"flops={flops}, hours={hours}: expected 0 or more, and more than 0.")
     return flops / (hours * 3600 * gpu.rate(number))

@@ -23,6 +23,7 @@ from moe_lab.accounting import (
     ffn_width,
     fp8_checkpoint_bytes,
     layer_flops,
+    model_activation_bytes,
     moe_parameters,
     mxfp4_checkpoint_bytes,
     router_parameters,
@@ -238,6 +239,21 @@ def test_a_window_is_paid_for_as_far_as_it_is_seen(window, tokens):
     assert cache_bytes(config, tokens) == (2 * min(tokens, window) + tokens) * 2 * 2 * 6 * 2
 
 
+@pytest.mark.parametrize(("chunk", "tokens"), [(3, 2), (3, 3), (3, 4), (3, 9), (4, 19), (1, 5), (7, 1)])
+def test_chunks_are_paid_for_as_far_as_they_are_seen(chunk, tokens):
+    config = UGLY.but(window=chunk, full_every=3, chunked=True)
+    both = [(here, there) for here in range(tokens) for there in range(here + 1)]
+    near = [(here, there) for here, there in both if here // chunk == there // chunk]
+    by_last = [sum(here == tokens - 1 for here, _ in pairs) for pairs in (near, near, both)]
+    a_pair = 4 * config.n_heads * config.d_head
+    assert count_flops(config, tokens).attention_scores == (2 * len(near) + len(both)) * a_pair
+    assert count_flops(config, tokens, causal=False).attention_scores == 3 * tokens**2 * a_pair
+    assert cache_bytes(config, tokens) == sum(by_last) * 2 * 2 * 6 * 2
+    one_token = count_flops(config, 1)
+    scores = decode_flops(config, tokens - 1) - one_token.total + one_token.attention_scores
+    assert scores == sum(by_last) * a_pair
+
+
 # Zhao et al. 2025, "Insights into DeepSeek-V3" (arXiv 2505.09343), table 2: GFLOPs of training per token at 4,096
 # tokens, 250 for DeepSeek-V3 and 155 for DeepSeek-V2; table 1: the cache, 70.272, 327.680 and 516.096 kB per token.
 # Its dense rows of table 2 (2,448 and 394) follow another convention, and are not met.
@@ -289,11 +305,12 @@ def test_an_fp8_checkpoint_by_hand():
 def test_bytes_follow_the_format():
     total = count_parameters(UGLY).total
     assert [weight_bytes(UGLY, number) for number in ("fp32", "bf16", "fp8")] == [4 * total, 2 * total, total]
+    assert weight_bytes(UGLY.but(vocab_size=32), "mxfp4") == 17 * count_parameters(UGLY.but(vocab_size=32)).total / 32
     assert training_bytes(UGLY).total == 16 * total
     moe = UGLY.but(moe=EXPERTS)
     assert weight_bytes(moe, active=True) == 2 * count_parameters(moe, active=True).total
     for call in (lambda: weight_bytes(UGLY, "int3"), lambda: cache_bytes(UGLY, number="int3")):
-        with pytest.raises(ValueError, match="number='int3': expected one of fp32, bf16, fp8"):
+        with pytest.raises(ValueError, match="number='int3': expected one of fp32, bf16, fp8, mxfp4"):
             call()
 
 
@@ -303,6 +320,7 @@ def test_activations_by_hand():
     by_hand = {
         "hidden": 2 * 12,
         "attention": 4 * 6 + 2 * 2 * 6,
+        "ffn_hidden": 0,
         "dispatched": 2 * 12,
         "expert_hidden": 3 * (2 * 5 + 10),
         "expert_outputs": 2 * 12,
@@ -310,8 +328,42 @@ def test_activations_by_hand():
     assert found.by_part() == {name: 40 * numbers for name, numbers in by_hand.items()}
     latent = activation_bytes(config.but(mla=LATENT), 10, "fp32")
     assert latent.attention == 40 * (4 * 10 + 4 * 10 + 4 * 3)
-    with pytest.raises(ValueError, match="no layer has experts"):
-        activation_bytes(UGLY, 10)
+    dense_first = config.but(n_dense_layers=1)
+    assert activation_bytes(dense_first, 10, "fp32") == found
+    dense = {"hidden": 2 * 12, "attention": 4 * 6 + 2 * 2 * 6, "ffn_hidden": 3 * 7}
+    for layer in (activation_bytes(UGLY, 10, "fp32"), activation_bytes(dense_first, 10, "fp32", layer=0)):
+        assert {name: n for name, n in layer.by_part().items() if n} == {k: 40 * n for k, n in dense.items()}
+    for layer in (3, -4, 1.5):
+        with pytest.raises(ValueError, match=f"layer={layer}: expected -3 to 2"):
+            activation_bytes(UGLY, 10, layer=layer)
+
+
+# Three layers of 48 + 24 + 21 numbers a token, of which two streams of 12 are the next layer's input; a table of 11.
+def test_activations_of_a_whole_model_by_hand():
+    one = 2 * 12 + (4 * 6 + 2 * 2 * 6) + 3 * 7
+    kept = model_activation_bytes(UGLY, 10, "fp32")
+    assert kept.by_part() == {"layers": 40 * (3 * one - 2 * 12), "layer_inputs": 0, "logits": 40 * 11}
+    again = model_activation_bytes(UGLY, 10, "fp32", recompute=True)
+    assert again.by_part() == {"layers": 40 * one, "layer_inputs": 40 * 2 * 12, "logits": 40 * 11}
+    mixed = UGLY.but(moe=EXPERTS, n_dense_layers=1)
+    expected = activation_bytes(mixed, 10, layer=1).total
+    assert model_activation_bytes(mixed, 10, recompute=True).layers == expected
+
+
+def test_a_recipe_of_training_by_hand():
+    n = count_parameters(UGLY).total
+    assert training_bytes(UGLY, gradients=4, moments=4).by_part() == {
+        "weights": 2 * n,
+        "gradients": 4 * n,
+        "master_weights": 4 * n,
+        "moments": 4 * n,
+    }
+    shared = training_bytes(UGLY, shards=7)
+    assert (shared.weights, shared.master_weights, shared.moments) == (2 * n, 4 * -(-n // 7), 8 * -(-n // 7))
+    assert training_bytes(UGLY, moments=0).total == 8 * n
+    for name, wrong, least in (("shards", 0, 1), ("gradients", -1, 0), ("moments", 0.5, 0)):
+        with pytest.raises(ValueError, match=f"^{name}={wrong}: expected {least} or more, a whole number"):
+            training_bytes(UGLY, **{name: wrong})
 
 
 def test_experts_touched_are_those_of_a_simulation():
@@ -321,6 +373,10 @@ def test_experts_touched_are_those_of_a_simulation():
         spread = statistics.stdev(draws) / 4000**0.5
         assert abs(statistics.mean(draws) - distinct_experts(n_experts, top_k, batch)) <= 4 * spread + 1e-12
     assert distinct_experts(256, 8, 0) == 0
+    with pytest.raises(ValueError, match=r"top_k=2\.5: expected 0 or more, a whole number"):
+        distinct_experts(8, 2.5, 1)
+    with pytest.raises(ValueError, match="n_experts=nan: expected 1 or more, a whole number"):
+        distinct_experts(float("nan"), 2, 1)
     for top_k in (0, 5):
         with pytest.raises(ValueError, match=f"top_k={top_k}: expected 1 to n_experts=4"):
             distinct_experts(4, top_k, 1)
@@ -428,11 +484,13 @@ def test_a_model_with_an_encoder_is_refused_where_a_decoder_is_counted():
 
 
 def test_a_model_whose_layers_are_too_few_for_experts_has_none():
+    few = UGLY.but(moe=EXPERTS, moe_every=4)
+    assert activation_bytes(few, 1) == activation_bytes(UGLY, 1)
     with pytest.raises(ValueError, match="no layer has experts"):
-        activation_bytes(UGLY.but(moe=EXPERTS, moe_every=4), 1)
+        mxfp4_checkpoint_bytes(few)
 
 
-# gpt-oss and Llama 4: half of the layers see 128 positions, three of four 8,192.
+# gpt-oss and Llama 4: half of the layers see 128 positions, three of four chunks of 8,192.
 def test_caches_and_costs_of_models_with_windows():
     in_gb = {name: cache_bytes(PRESETS[name].config, 131_072) / 1e9 for name in ("gpt-oss-120b", "Llama 4 Scout")}
     assert {name: round(size, 2) for name, size in in_gb.items()} == {"gpt-oss-120b": 4.84, "Llama 4 Scout": 7.65}

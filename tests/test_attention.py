@@ -1,11 +1,13 @@
 """Attention: against its definition, against transformers' modules (outputs and gradients), and with its cache."""
 
+import weakref
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from moe_lab.accounting import cache_bytes, cache_numbers
+from moe_lab.accounting import cache_bytes, cache_numbers, count_flops
 from moe_lab.attention import MLA, Attention, Cache, attend, rotary_angles, rotate
 from moe_lab.config import LMConfig, MLAConfig
 from moe_lab.lm import LM
@@ -26,6 +28,8 @@ KINDS = {
     "sinks": GQA.but(**SINKS),
     "window": GQA.but(window=3),
     "window and sinks": GQA.but(**SINKS, window=2),
+    "chunks": GQA.but(window=3, chunked=True),
+    "chunks and sinks": GQA.but(**SINKS, window=2, chunked=True),
     "latent": GQA.but(mla=LATENT),
     "latent queries": GQA.but(mla=LATENT.but(q_rank=9)),
 }
@@ -39,14 +43,17 @@ def make(config: LMConfig) -> Attention | MLA:
     return attention
 
 
-def by_definition(q: Tensor, k: Tensor, v: Tensor, window: int | None, sinks: Tensor | None, scale: float) -> Tensor:
+def by_definition(
+    q: Tensor, k: Tensor, v: Tensor, window: int | None, chunked: bool, sinks: Tensor | None, scale: float
+) -> Tensor:
     """One query after the other, over the keys that it sees."""
     n_new, n_all, group = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
     y = q.new_zeros(*q.shape[:3], v.shape[-1])
     for head in range(q.shape[1]):
         for i in range(n_new):
             last = n_all - n_new + i
-            seen = slice(max(0, last + 1 - (window or n_all)), last + 1)
+            first = last - last % window if chunked else max(0, last + 1 - (window or n_all))
+            seen = slice(first, last + 1)
             scores = torch.einsum("bd,bsd->bs", q[:, head, i], k[:, head // group, seen]) * scale
             if sinks is not None:
                 scores = torch.cat([scores, sinks[head].expand(len(scores), 1)], dim=1)
@@ -56,16 +63,18 @@ def by_definition(q: Tensor, k: Tensor, v: Tensor, window: int | None, sinks: Te
 
 
 @pytest.mark.parametrize("window", [None, 1, 3, 20])
+@pytest.mark.parametrize("chunked", [False, True])
 @pytest.mark.parametrize("with_sinks", [False, True])
-@pytest.mark.parametrize(("n_new", "n_all"), [(5, 5), (1, 5), (2, 5), (1, 1)])
-def test_attend_is_the_definition(window, with_sinks, n_new, n_all):
+@pytest.mark.parametrize(("n_new", "n_all"), [(5, 5), (1, 5), (2, 5), (1, 1), (1, 6), (3, 7)])
+def test_attend_is_the_definition(window, chunked, with_sinks, n_new, n_all):
     torch.manual_seed(0)
     q, k = torch.randn(2, 6, n_new, 4).double(), torch.randn(2, 2, n_all, 4).double()
     v = torch.randn(2, 2, n_all, 3).double()
     sinks = torch.randn(6).double() if with_sinks else None
     for scale in (None, 0.3):
-        expected = by_definition(q, k, v, window, sinks, scale or 4**-0.5)
-        assert_close(attend(q, k, v, scale=scale, window=window, sinks=sinks), expected, rtol=1e-10, atol=1e-12)
+        expected = by_definition(q, k, v, window, chunked and window is not None, sinks, scale or 4**-0.5)
+        found = attend(q, k, v, scale=scale, window=window, chunked=chunked, sinks=sinks)
+        assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("config", KINDS.values(), ids=KINDS)
@@ -79,11 +88,12 @@ def test_with_a_cache_pieces_give_what_the_whole_gives(config, pieces):
     assert cache.n_bytes == 2 * cache_bytes(config, 7, "fp32") * 2  # two sequences, in fp64
 
 
-def test_a_cache_with_a_window_lets_go_of_what_it_does_not_keep():
+@pytest.mark.parametrize(("name", "left"), [("window", 3), ("chunks", 2)])
+def test_a_cache_with_a_window_lets_go_of_what_it_does_not_keep(name, left):
     cache = Cache()
-    make(KINDS["window"])(torch.randn(1, 50, 24).double(), cache)
+    make(KINDS[name])(torch.randn(1, 50, 24).double(), cache)
     assert sum(tensor.untyped_storage().nbytes() for tensor in cache.kept) == cache.n_bytes
-    assert [tensor.shape[-2] for tensor in cache.kept] == [3, 3]
+    assert [tensor.shape[-2] for tensor in cache.kept] == [left, left]
 
 
 @pytest.mark.parametrize("name", ["grouped", "latent"])
@@ -93,6 +103,29 @@ def test_a_cache_of_other_sequences_is_refused(name):
     with pytest.raises(ValueError, match=r"the cache holds sequences \(and heads\) \(2.*, and these are \(3"):
         attention(torch.randn(3, 1, 24).double(), cache)
     assert cache.n_seen == 3
+
+
+@pytest.mark.parametrize("name", ["grouped", "window", "latent"])
+def test_one_cache_for_two_layers_is_refused(name):
+    first, second = make(KINDS[name]), make(KINDS[name])
+    x, new, cache = torch.randn(2, 3, 24).double(), torch.randn(2, 1, 24).double(), Cache()
+    first(x, cache)
+    kept = cache.kept
+    with pytest.raises(ValueError, match=r"^the cache holds 3 positions of another layer: expected one for each layer"):
+        second(new, cache)
+    assert cache.n_seen == 3
+    assert cache.kept is kept
+    assert_close(first(new, cache), first(torch.cat([x, new], dim=1))[:, 3:], rtol=1e-10, atol=1e-12)
+
+
+def test_a_cache_keeps_no_layer_alive_and_takes_no_other_for_it():
+    layer, cache = make(GQA), Cache()
+    layer(torch.randn(1, 2, 24).double(), cache)
+    lives = weakref.ref(layer)
+    del layer
+    assert lives() is None
+    with pytest.raises(ValueError, match="of another layer"):
+        make(GQA)(torch.randn(1, 2, 24).double(), cache)
 
 
 @pytest.mark.parametrize("config", KINDS.values(), ids=KINDS)
@@ -144,6 +177,14 @@ def test_a_window_hides_what_is_long_ago():
     assert same.tolist() == [False, False, False, True, True, True]
 
 
+def test_a_chunk_hides_what_stands_before_it():
+    attention, x = make(KINDS["chunks"]), torch.randn(1, 8, 24).double()
+    changed = x.clone()
+    changed[:, 4] += 1
+    same = (attention(x) - attention(changed)).abs().amax(-1)[0] < 1e-12
+    assert same.tolist() == [True, True, True, True, False, False, True, True]
+
+
 # --- transformers -----------------------------------------------------------------------------------------------------
 
 
@@ -152,9 +193,13 @@ def frequencies(config: LMConfig, length: int, width: int) -> tuple[Tensor, Tens
     return torch.cat([angles, angles], -1).cos()[None], torch.cat([angles, angles], -1).sin()[None]
 
 
-def causal_mask(length: int, window: int | None = None) -> Tensor:
+def causal_mask(length: int, config: LMConfig) -> Tensor:
+    if config.chunked:  # by transformers' own hand
+        made = transformers.Llama4TextConfig(attention_chunk_size=config.window, attn_implementation="eager")
+        nothing = torch.empty(1, length, 1, dtype=torch.float64)
+        return transformers.masking_utils.create_chunked_causal_mask(made, nothing, None, None)
     places = torch.arange(length)
-    sees = (places <= places[:, None]) & (places > places[:, None] - (window or length))
+    sees = (places <= places[:, None]) & (places > places[:, None] - (config.window or length))
     return torch.zeros(length, length).double().masked_fill(~sees, float("-inf"))[None, None]
 
 
@@ -201,7 +246,7 @@ def assert_equal_to(theirs: nn.Module, ours: nn.Module, names: dict[str, str], c
     their_y = theirs(
         hidden_states=two,
         position_embeddings=frequencies(config, 9, width),
-        attention_mask=causal_mask(9, config.window),
+        attention_mask=causal_mask(9, config),
     )[0]
     assert_close(y, their_y, rtol=3e-5, atol=3e-5)  # their softmax is fp32
     y.backward(dy)
@@ -221,6 +266,7 @@ def their_name(name: str, names: dict[str, str]) -> str:
     [
         ("Llama", "grouped", "llama.modeling_llama.LlamaAttention", {"head_dim": 8}),
         ("Llama", "multi-head", "llama.modeling_llama.LlamaAttention", {"head_dim": 8}),
+        ("Llama", "chunks", "llama.modeling_llama.LlamaAttention", {"head_dim": 8}),
         ("Qwen2", "biases", "qwen2.modeling_qwen2.Qwen2Attention", {"head_dim": 8}),
         ("Qwen3Moe", "norm on heads", "qwen3_moe.modeling_qwen3_moe.Qwen3MoeAttention", {"head_dim": 8}),
         ("GptOss", "sinks", "gpt_oss.modeling_gpt_oss.GptOssAttention", {"head_dim": 8, "sliding_window": None}),
@@ -266,6 +312,17 @@ def test_a_norm_over_all_heads_is_that_of_transformers():
     assert_equal_to(theirs, make(config), OF_GQA, config, config.d_head)
 
 
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 9, 11])
+def test_chunks_are_those_of_transformers(length):
+    """Pair by pair, and as many as are paid for."""
+    config = KINDS["chunks"]
+    sees = causal_mask(length, config)[0, 0] == 0
+    allowed = [(i, j) for i in range(length) for j in range(i + 1) if i // config.window == j // config.window]
+    assert sees.nonzero().tolist() == [list(pair) for pair in allowed]
+    a_pair = 4 * config.n_heads * config.d_head
+    assert count_flops(config, length).attention_scores == len(allowed) * a_pair
+
+
 @pytest.mark.parametrize("name", ["latent", "latent queries"])
 def test_latent_attention_is_that_of_transformers(name):
     from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
@@ -309,6 +366,8 @@ def test_pairs_side_by_side_are_the_same_up_to_the_order_of_rows():
 def test_a_model_has_windows_and_latent_attention_where_its_config_says_so():
     model = LM(GQA.but(n_layers=5, window=3, full_every=2))
     assert [block.attention.window for block in model.blocks] == [3, None, 3, None, 3]
+    model = LM(GQA.but(n_layers=2, window=3, chunked=True))
+    assert [(block.attention.window, block.attention.chunked) for block in model.blocks] == [(3, True)] * 2
     model = LM(GQA.but(n_layers=2, mla=LATENT))
     assert all(isinstance(block.attention, MLA) for block in model.blocks)
     logits, _ = model(torch.tensor([[1, 2, 3]]))

@@ -140,10 +140,15 @@ def test_counts_of_a_released_model(capsys):
     assert parameters["total without embedding"][1] == "36,625,618,432"
     memory = rows(text, "Memory")
     assert memory["weights in bf16, GB"] == ["1,342"]
+    assert memory["weights in mxfp4, GB"] == ["356.5"]  # 4.25 bits each
+    assert memory["weights as released, GB"] == ["673.2"]
     assert memory["in training with Adam, GB"] == ["10,736"]
     assert memory["bf16 cache of a token, bytes"] == ["70,272"]
     assert memory["bf16 cache of 131,072 tokens, GB"] == ["9.211"]
-    assert rows(text, "GFLOPs for a token")["training on 4,096 tokens"] == ["250.5"]
+    costs = rows(text, "GFLOPs for a token")
+    assert costs["training on 4,096 tokens"] == ["250.5"]
+    assert costs["prefill of 4,096 tokens"] == ["81.63"]  # a third of it, but for the head: 2 * 129,280 * 7,168 once
+    assert "Latent attention decodes in the space of the latent" in text
     decoding = rows(text, "a token a sequence")
     assert decoding["batch 32"] == ["163.3", "866.7"]
     assert decoding["in all"] == ["256", "1,340"]
@@ -175,6 +180,10 @@ def test_every_released_model_can_be_counted(name, capsys):
     text = said(capsys, "count", name)
     assert text.startswith(f"{name}\n")
     assert max(map(len, text.splitlines())) <= 80
+    has_mixed = PRESETS[name].released_bytes is not None
+    assert has_mixed == name.startswith(("DeepSeek-V3", "DeepSeek-R1", "Kimi", "gpt-oss"))
+    assert ("weights as released, GB" in text) == ("As released, parts are" in text) == has_mixed
+    assert ("Latent attention" in text) == name.startswith(("DeepSeek-V", "DeepSeek-R", "Kimi"))
     assert ("Not counted of an encoder-decoder" in text) == name.startswith(("T5", "Switch"))
     assert ("of one token" in text) == (PRESETS[name].stated[1] is not None or name.startswith("Switch"))
 
@@ -305,9 +314,9 @@ claims:
 def ledger(tmp_path, monkeypatch):
     """Puts a small ledger in place of the course's; says what the second claim should give."""
 
-    def use(should_be: int = 256) -> None:
+    def use(should_be: int = 256, more: str = "") -> None:
         path = tmp_path / "claims.yaml"
-        path.write_text(LEDGER.replace("SHOULD_BE", str(should_be)))
+        path.write_text(LEDGER.replace("SHOULD_BE", str(should_be)) + more)
         from moe_lab.claims import load_claims
         from moe_lab.commands import claims
 
@@ -316,6 +325,16 @@ def ledger(tmp_path, monkeypatch):
 
     use()
     return use
+
+
+OPEN = """- id: S1.2
+  claim: Experts know more.
+  verdict: roughly
+  value: Open.
+  why: To be measured.
+  sources: [V3]
+  open: "10"
+"""
 
 
 def test_claims_are_listed(ledger, capsys):
@@ -329,7 +348,17 @@ def test_claims_are_listed(ledger, capsys):
 def test_claims_are_picked_out(ledger, capsys):
     assert said(capsys, "claims", "--verdict", "false").startswith("S0.1")
     assert said(capsys, "claims", "--article", "s1").startswith("S1.1")
-    assert said(capsys, "claims", "--article", "S1", "--verdict", "true").strip().startswith("0 claims")
+    assert said(capsys, "claims", "--article", "S1", "--verdict", "true").strip().startswith("0 claims: none.")
+    assert said(capsys, "claims", "--kind", "cited").splitlines()[-1].startswith("1 claim: 1 undisclosed.")
+
+
+def test_what_is_open_is_counted_apart(ledger, capsys):
+    ledger(more=OPEN)
+    lines = said(capsys, "claims").splitlines()
+    assert lines[-3].split() == ["S1.2", "open", "Experts", "know", "more.", "(leaning", "roughly)"]
+    assert lines[-1].startswith("4 claims: 1 true, 1 false, 1 undisclosed, 1 open.")
+    assert said(capsys, "claims", "--kind", "open").startswith("S1.2")
+    assert said(capsys, "claims", "S1.2").startswith("S1.2 · open, leaning roughly · ")
 
 
 def test_a_claim_in_full_is_worked_out_now(ledger, capsys):

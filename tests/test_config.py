@@ -9,6 +9,7 @@ from moe_lab.config import (
     RunConfig,
     SwitchConfig,
     TrainConfig,
+    n_visible,
 )
 
 SMALL = {"d_model": 8, "n_layers": 1, "n_heads": 2, "d_ff": 16}
@@ -161,6 +162,8 @@ ATTENTION_RULES = [
     ({"window": 0}, r"window=0: expected a positive integer"),
     ({"window": 4, "full_every": -1}, r"full_every=-1: expected an integer of 0 or more"),
     ({"full_every": 2}, r"full_every=2: expected 0 where there is no window"),
+    ({"window": 4, "chunked": 1}, r"chunked=1: expected True or False"),
+    ({"chunked": True}, r"chunked=True: expected False where there is no window"),
     ({"moe_every": 2}, r"moe_every=2: expected 1 where there is no moe"),
     ({"moe_every": 0, "moe": EXPERTS}, r"moe_every=0: expected a positive integer"),
 ]
@@ -205,6 +208,13 @@ def test_which_layers_have_experts_and_which_see_all():
     assert config.but(n_dense_layers=2).n_moe_layers == 2
     dense = LMConfig(**SMALL)
     assert (dense.n_moe_layers, dense.has_experts(0), dense.window_of(0)) == (0, False, None)
+
+
+def test_how_many_positions_are_visible():
+    assert [n_visible(n) for n in range(4)] == [0, 1, 2, 3]
+    assert [n_visible(n, 3) for n in range(8)] == [0, 1, 2, 3, 3, 3, 3, 3]
+    assert [n_visible(n, 3, chunked=True) for n in range(8)] == [0, 1, 2, 3, 1, 2, 3, 1]
+    assert [n_visible(n, None, chunked=True) for n in range(8)] == list(range(8))
 
 
 def test_an_encoder_decoder_that_cannot_be_is_refused():

@@ -63,6 +63,7 @@ HEAVY = {"torch", "triton", "matplotlib", "ipywidgets", "IPython", "numpy", "jup
         ("import moe_lab.accounting, moe_lab.presets, moe_lab.roofline, moe_lab.config_json", HEAVY),
         ("import moe_lab.claims, moe_lab.commands.count, moe_lab.commands.claims", HEAVY),
         ("import moe_lab.cli", HEAVY),
+        ("import moe_lab.parallel.cost", HEAVY),
         ("import moe_lab.train, moe_lab.lm, moe_lab.moe", {"triton", "matplotlib", "ipywidgets", "IPython"}),
     ],
 )
@@ -83,6 +84,19 @@ def test_names_are_loaded_when_used():
         assert getattr(moe_lab, name).__name__ == name
     with pytest.raises(AttributeError, match="nonsense"):
         moe_lab.nonsense  # noqa: B018
+
+
+def test_names_of_expert_parallelism_are_what_they_were_after_any_import():
+    """A submodule of a function's name would take its place as soon as it is imported."""
+    from moe_lab import parallel
+
+    submodules = {path.stem for path in (PACKAGE / "parallel").glob("*.py")}
+    assert not submodules & set(parallel.__all__)
+    homes = {name: getattr(parallel, name).__module__ for name in parallel.__all__ if name != "FORMS"}
+    assert {name: home.rpartition(".")[0] for name, home in homes.items()} == dict.fromkeys(homes, "moe_lab.parallel")
+    assert set(parallel.__all__) <= set(dir(parallel))
+    with pytest.raises(AttributeError, match="nonsense"):
+        parallel.nonsense  # noqa: B018
 
 
 @pytest.mark.parametrize("package", ["course", "viz"])

@@ -3,8 +3,9 @@
 import argparse
 import shutil
 import textwrap
+from collections import Counter
 
-from moe_lab.claims import VERDICTS, Check, Claim, Ledger, load_claims, show
+from moe_lab.claims import KINDS, VERDICTS, Check, Claim, Ledger, load_claims, show
 from moe_lab.paths import CourseError
 
 
@@ -12,13 +13,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `moe-lab claims`."""
     parser.add_argument("ids", nargs="*", metavar="ID", help="claims to show in full, such as S2.4; none lists them")
     parser.add_argument("--verdict", choices=VERDICTS, help="only those with this verdict")
+    kinds = "; ".join(f"{kind}: {what}" for kind, what in KINDS.items())
+    parser.add_argument("--kind", choices=KINDS, help=f"only those that this settles ({kinds})")
     parser.add_argument("--article", metavar="S", help="only those of this article, such as S2")
 
 
 def main(args: argparse.Namespace) -> int:
     """Prints a table of claims, or some in full; returns 1 if the ledger says what its expressions do not give."""
     ledger = load_claims()
-    wanted = {name: value for name in ("verdict", "article") if (value := getattr(args, name))}
+    wanted = {name: value for name in ("verdict", "kind", "article") if (value := getattr(args, name))}
     if "article" in wanted:
         wanted["article"] = _article(wanted["article"], ledger)
     try:
@@ -46,19 +49,21 @@ def _width() -> int:
 
 
 def listing(claims: Ledger) -> str:
-    """A line or a few for each claim: its id, the verdict, what it says."""
-    ids, words = (max(map(len, column), default=0) + 2 for column in (claims, [c.verdict for c in claims.values()]))
+    """A line or a few for each claim: its id, the verdict or that it is open, what it says."""
+    ids, words = (max(map(len, column), default=0) + 2 for column in (claims, VERDICTS))
     lines = [
         textwrap.fill(
-            claim.claim,
+            f"{claim.claim}{f' (leaning {claim.verdict})' if claim.open else ''}",
             _width(),
-            initial_indent=f"{claim.id:<{ids}}{claim.verdict:<{words}}",
+            initial_indent=f"{claim.id:<{ids}}{'open' if claim.open else claim.verdict:<{words}}",
             subsequent_indent=" " * (ids + words),
         )
         for claim in claims.values()
     ]
-    counted = ", ".join(f"{n} {word}" for word in VERDICTS if (n := len(claims.where(verdict=word))))
-    return "\n".join([*lines, "", f"{len(claims)} claims: {counted or 'none'}. In full: moe-lab claims ID"])
+    counted = Counter("open" if claim.open else claim.verdict for claim in claims.values())
+    told = ", ".join(f"{counted[word]} {word}" for word in (*VERDICTS, "open") if counted[word])
+    total = f"{len(claims)} claim{'' if len(claims) == 1 else 's'}: {told or 'none'}."
+    return "\n".join([*lines, "", f"{total} In full: moe-lab claims ID"])
 
 
 def in_full(claim: Claim, checks: tuple[Check, ...]) -> str:

@@ -3,13 +3,12 @@
 import argparse
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from moe_lab.accounting import (
     BYTES,
     cache_bytes,
-    count_flops,
     count_mtp,
     count_parameters,
     decode_flops,
@@ -24,6 +23,7 @@ from moe_lab.config import LMConfig, SwitchConfig
 from moe_lab.config_json import read_config_json
 from moe_lab.paths import CourseError
 from moe_lab.presets import PRESETS, UNDISCLOSED, Preset, find_preset
+from moe_lab.roofline import prefill
 
 CONTEXTS = (4096, 131_072)
 MOST = 10**9  # tokens, or sequences at once
@@ -38,6 +38,7 @@ class Model:
     name: str
     config: LMConfig | SwitchConfig
     remarks: Sequence[str] = ()
+    released: int | None = None  # bytes of the weights as their makers released them, where that mixes formats
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -112,7 +113,8 @@ def _from_preset(preset: Preset) -> Model:
         fits = {True: " (fits with the embedding table)", False: " (fits without the embedding table)"}
         stated += f", {active} active{fits.get(preset.counts_embedding, '')}"
     remarks = [f"{stated}.", f"Source: {preset.source}."]
-    return Model(preset.name, preset.config, remarks + _beside(preset.config, preset.n_mtp))
+    remarks += _beside(preset.config, preset.n_mtp)
+    return Model(preset.name, preset.config, remarks, preset.released_bytes)
 
 
 def _from_file(path: str) -> Model:
@@ -150,20 +152,34 @@ def report(
     """
     models = _named_apart(models)
     sections = {
-        "Parameters": {"all": parameters, "of one token": _active},
-        "Memory": {"": memory},
-        "GFLOPs for a token": {"": lambda config: flops(config, tokens)},
+        "Parameters": {
+            "all": lambda model: parameters(model.config),
+            "of one token": lambda model: parameters(model.config, active=True),
+        },
+        "Memory": {"": lambda model: memory(model.config, model.released)},
+        "GFLOPs for a token": {"": lambda model: flops(model.config, tokens)},
         "One step of decoding, a token a sequence": {
-            "experts touched in a layer": lambda config: experts_touched(config, batches),
-            f"GB of {number} weights read": lambda config: weights_read(config, batches, number),
+            "experts touched in a layer": lambda model: experts_touched(model.config, batches),
+            f"GB of {number} weights read": lambda model: weights_read(model.config, batches, number),
         },
     }
     parts = [_about(model) for model in models]
     parts += [each for title, columns in sections.items() for each in _tables(title, columns, models)]
-    if any(isinstance(model.config, LMConfig) and model.config.moe for model in models):
-        parts.append("Experts are touched as if all were as likely; real text touches fewer.")
-    if any(isinstance(model.config, SwitchConfig) for model in models):
-        parts.append("Not counted of an encoder-decoder: cache, FLOPs, and what decoding reads.")
+    decoders = [model.config for model in models if isinstance(model.config, LMConfig)]
+    notes = {
+        "MXFP4 has 4.25 bits a number, its scales with it. Each format is counted as if all weights had it.": True,
+        "As released, parts are in fp8 or MXFP4 with their scales, and the rest in bf16.": any(
+            model.released for model in models
+        ),
+        "A prompt asks the head once, for its last token; training asks it for every one.": decoders,
+        "Latent attention decodes in the space of the latent: a new token takes more operations than one of a prompt, "
+        "and reads fewer bytes.": any(config.mla for config in decoders),
+        "Experts are touched as if all were as likely; real text touches fewer.": any(
+            config.moe for config in decoders
+        ),
+        "Not counted of an encoder-decoder: cache, FLOPs, and what decoding reads.": len(decoders) < len(models),
+    }
+    parts.append("\n".join(textwrap.fill(text, WIDTH, subsequent_indent="  ") for text, fits in notes.items() if fits))
     return "\n\n".join(parts)
 
 
@@ -174,13 +190,11 @@ def parameters(config: LMConfig | SwitchConfig, active: bool = False) -> Rows:
     return counted.by_part() | sums
 
 
-def _active(config: LMConfig | SwitchConfig) -> Rows:
-    return parameters(config, active=True)
-
-
-def memory(config: LMConfig | SwitchConfig) -> Rows:
-    """Weights by format, what training holds, and a decoder's cache in bf16."""
+def memory(config: LMConfig | SwitchConfig, released: int | None = None) -> Rows:
+    """Weights by format and as released, what training holds, and a decoder's cache in bf16."""
     rows = {f"weights in {number}, GB": weight_bytes(config, number) / 1e9 for number in BYTES}
+    if released:
+        rows["weights as released, GB"] = released / 1e9
     rows["in training with Adam, GB"] = training_bytes(config).total / 1e9
     if isinstance(config, LMConfig):
         rows["bf16 cache of a token, bytes"] = cache_bytes(config)
@@ -193,7 +207,7 @@ def flops(config: LMConfig | SwitchConfig, tokens: int) -> Rows:
     if isinstance(config, SwitchConfig):
         return {}
     return {
-        f"prefill of {tokens:,} tokens": count_flops(config, tokens).total / tokens / 1e9,
+        f"prefill of {tokens:,} tokens": prefill(config, tokens).flops / tokens / 1e9,
         f"a new one after {tokens:,}": decode_flops(config, tokens) / 1e9,
         f"training on {tokens:,} tokens": training_flops_per_token(config, tokens) / 1e9,
     }
@@ -217,17 +231,15 @@ def weights_read(config: LMConfig | SwitchConfig, batches: Sequence[int], number
     return {name: n * BYTES[number] / 1e9 for name, n in read.items()}
 
 
-def _tables(
-    title: str, columns: Mapping[str, Callable[[LMConfig | SwitchConfig], Rows]], models: Sequence[Model]
-) -> list[str]:
+def _tables(title: str, columns: Mapping[str, Callable[[Model], Rows]], models: Sequence[Model]) -> list[str]:
     """One model's columns in one table; of several models, a table for every column."""
     if len(models) == 1:
-        one = {name: rows(models[0].config) for name, rows in columns.items()}
+        one = {name: rows(models[0]) for name, rows in columns.items()}
         first = next(iter(one))
         return _table(title, {name: rows for name, rows in one.items() if name == first or rows != one[first]})
     made = []
     for name, rows in columns.items():
-        made += _table(f"{title}: {name}" if name else title, {model.name: rows(model.config) for model in models})
+        made += _table(f"{title}: {name}" if name else title, {model.name: rows(model) for model in models})
     return made
 
 
@@ -272,5 +284,5 @@ def _named_apart(models: Sequence[Model]) -> list[Model]:
         while name in made:
             n += 1
             name = f"{model.name} ({n})"
-        made[name] = Model(name, model.config, model.remarks)
+        made[name] = replace(model, name=name)
     return list(made.values())

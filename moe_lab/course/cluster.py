@@ -33,7 +33,7 @@ from moe_lab.course import rank_cells
 from moe_lab.course.rank_cells import Failure, Parcel, Printed, Said
 from moe_lab.course.warden import Warden
 from moe_lab.parallel.ranks import RankError
-from moe_lab.parallel.simulate import SimulatedRanks, Stage
+from moe_lab.parallel.simulation import SimulatedRanks, Stage
 
 SECONDS_TO_START = 60.0
 SECONDS_TO_JOIN = 30.0
@@ -411,7 +411,7 @@ class ProcessCluster(Cluster):
 
 
 class SimulatedCluster(Cluster):
-    """Ranks that are threads of this process, one running at a time. See `moe_lab.parallel.simulate`.
+    """Ranks that are threads of this process, one running at a time. See `moe_lab.parallel.simulation`.
 
     Args:
         why: the reason, in a few words.

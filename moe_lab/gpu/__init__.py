@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,7 @@ def _measure(only: str | None, is_dry: bool, results: dict[str, Any], keep: Keep
     from moe_lab.gpu import liger, report
     from moe_lab.gpu.candidates import peers
     from moe_lab.gpu.jobs import Bench, capability
-    from moe_lab.gpu.measure import ceilings
+    from moe_lab.gpu.measure import ceilings, why
 
     compiling = [] if is_dry or only == "tests" else liger.start(capability())
     is_good = True
@@ -146,7 +147,7 @@ def _measure(only: str | None, is_dry: bool, results: dict[str, Any], keep: Keep
         try:
             results["ceilings"] = ceilings(device)
         except Exception as error:
-            results["failed_parts"] = {"ceilings": str(error)}
+            results["failed_parts"] = {"ceilings": why(error)}
         print(f"\n{report.ceilings(results)}\nTFLOP/s of every candidate:\n", flush=True)
         is_good = _benchmark(Bench(device, results, compiled), keep, clock) and is_good
     results["targets"] = report.targets(results)
@@ -169,11 +170,11 @@ def _benchmark(bench: Any, keep: Keeper, clock: Clock) -> bool:
             dropped.append(what)
             continue
         try:
-            part(bench)
+            _run(part, bench)
         except LostGPU as error:
             failed[what] = f"the GPU was lost: {error}"
             print(f"{what}: {failed[what]}")
-            results["dropped"] = ["everything after that"]
+            results["dropped"] = ["everything after the GPU was lost"]
             return False
         except Exception as error:  # the other parts may still be measured
             failed[what] = why(error)
@@ -186,6 +187,19 @@ def _benchmark(bench: Any, keep: Keeper, clock: Clock) -> bool:
         keep()
     results["dropped"] = dropped
     return True
+
+
+def _run(part: Callable[[Any], None], bench: Any) -> None:
+    """Do a part; an error after which the GPU does nothing any more is a `LostGPU`, wherever it came up."""
+    from moe_lab.gpu.measure import LostGPU, require_living_gpu
+
+    try:
+        part(bench)
+    except LostGPU:
+        raise
+    except Exception as error:
+        require_living_gpu(bench.device, error)
+        raise
 
 
 def run_tests(seconds: float) -> dict[str, Any]:
@@ -223,13 +237,15 @@ def _run_to_the_end(command: list[str], root: Path, environment: dict[str, str],
 
 
 def _read(report: Path) -> dict[str, Any]:
+    from moe_lab.gpu.measure import first_line
+
     failures, skips, n_tests = [], {}, 0
     for case in ElementTree.parse(report).getroot().iter("testcase"):
         n_tests += 1
         if case.find("skipped") is not None:
             skips[case.get("name")] = case.find("skipped").get("message", "")
-        elif case.find("failure") is not None or case.find("error") is not None:
-            failures.append(case.get("name"))
+        for problem in [*case.iter("failure"), *case.iter("error")][:1]:
+            failures.append(f"{case.get('name')}: {first_line(problem.get('message', ''))}")
     passed = n_tests - len(failures) - len(skips)
     return {"passed": passed, "failed": len(failures), "skipped": len(skips), "failures": failures, "skips": skips}
 

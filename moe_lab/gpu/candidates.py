@@ -1,4 +1,4 @@
-"""Everybody who computes the same thing: our kernels, torch's, transformers', Liger's; on the same tensors."""
+"""Everybody who computes the same thing: our kernels, torch's, transformers', Liger's …; on the same tensors."""
 
 import importlib
 import importlib.metadata
@@ -23,6 +23,7 @@ LOADS = ("balanced", "zipf", "half")
 TORCH, UNFUSED, FUSED = "torch path", "ours, step by step", "ours, fused"
 TRANSFORMERS, LIGER = "transformers grouped_mm", "liger"
 GROUPED_MM, LOOP, DENSE = "F.grouped_mm", "loop of torch.mm", "dense cuBLAS"
+GROUPED_MM_BF16 = "grouped_mm_bf16"  # a package in Triton alone, with the same call as torch's
 PORTABLE, TMA = "ours, portable", "ours, TMA"
 
 
@@ -133,10 +134,21 @@ def products(inputs: Inputs, which_product: str) -> tuple[dict[str, Run | str], 
         PORTABLE: ours(False),
         TMA: ours(True) if can_tma(inputs.device) else "needs a GPU of compute capability 9.0",
         GROUPED_MM: lambda i: (F.grouped_mm(rows[i], w.mT, offs=offsets[i]),),
+        GROUPED_MM_BF16: _grouped_mm_bf16(inputs.device, rows, w, offsets),
         LOOP: loop,
         DENSE: lambda i: (torch.mm(rows[i], w[i % n_groups].T),),
     }
     return candidates, (n_rows, n_in, n_out)
+
+
+def _grouped_mm_bf16(device: str, rows: list[Tensor], w: Tensor, offsets: list[Tensor]) -> Run | str:
+    try:
+        from grouped_mm_bf16 import grouped_mm as theirs
+    except Exception as error:  # not installed, or not as it was
+        return why(error)
+    if device != "cuda":
+        return "its kernels need a GPU"
+    return lambda i: (theirs(rows[i], w.mT, offs=offsets[i]),)
 
 
 def by_default(shape: Shape, capability: int, element_size: int = 2) -> str:
@@ -252,7 +264,12 @@ def _liger(inputs: Inputs) -> Forward:
 def peers() -> dict[str, str]:
     """The versions of those who are measured beside us, or why there is none."""
     found = {}
-    for package, module in (("transformers", "transformers"), ("liger-kernel", "liger_kernel.ops.fused_moe")):
+    modules = {
+        "transformers": "transformers",
+        "liger-kernel": "liger_kernel.ops.fused_moe",
+        "grouped-mm-bf16": "grouped_mm_bf16",  # no extra of ours: its wheel brings a top-level package `bench` along
+    }
+    for package, module in modules.items():
         try:
             importlib.import_module(module)
             found[package] = importlib.metadata.version(package)

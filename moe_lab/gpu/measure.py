@@ -132,11 +132,16 @@ def require_living_gpu(device: str, error: Exception) -> None:
 
 
 def why(error: Exception) -> str:
-    """An error in one line, without the folders of this machine: it is kept in a file that others read."""
-    line = (str(error).strip().splitlines() or [""])[0]
+    """An error in one line, as it is kept."""
+    return f"{type(error).__name__}: {first_line(str(error))}"
+
+
+def first_line(said: str) -> str:
+    """Without the folders of this machine: it is kept in a file that others read."""
+    line = (said.strip().splitlines() or [""])[0]
     for folder, name in ((sys.prefix, "<python>"), (str(course_root()), "."), (str(Path.home()), "~")):
         line = line.replace(folder, name)
-    return f"{type(error).__name__}: {line[:300]}"
+    return line[:300]
 
 
 def release(device: str) -> None:

@@ -115,5 +115,5 @@ def table(results: Mapping[str, Any]) -> str:
         rows.append(f"Liger: {results['liger']}.")
     rows += [f"Failed: {name}: {reason}" for name, reason in results.get("failed_parts", {}).items()]
     if results.get("dropped"):
-        rows.append(f"Dropped, for want of time: {'; '.join(results['dropped'])}.")
+        rows.append(f"Not measured, for want of time or of a GPU: {'; '.join(results['dropped'])}.")
     return "\n".join(rows)

@@ -87,7 +87,7 @@ class Tiles:
 # "few" is up to 64 rows a group in the mean, "many" is more. What is called Ampere here fits every chip from it on.
 _TILES = {
     "ampere few": Tiles(
-        product=Tile(64, 128, 64, warps=4, stages=3),
+        product=Tile(64, 128, 32, warps=4, stages=4),
         gate_up=Tile(64, 64, 64, warps=4, stages=3),
         down_backward=Tile(64, 128, 64, warps=4, stages=3),
         weight_gradient=Tile(128, 128, 32, warps=8, stages=4),

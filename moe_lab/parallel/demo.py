@@ -135,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         error = failure
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # this rank is ending
     if isinstance(error, RankError | CourseError | Diverged | ValueError | KeyboardInterrupt):
-        print(f"Rank {ranks.rank}: {str(error) or type(error).__name__}", file=sys.stderr, flush=True)
+        sys.stderr.write(f"Rank {ranks.rank}: {str(error) or type(error).__name__}\n")  # at once, for others speak too
     elif error is not None:
         traceback.print_exception(error)
     leave(ranks, error)

@@ -27,7 +27,6 @@ from moe_lab.config import LMConfig, MoEConfig, SwitchConfig
 from moe_lab.presets import PRESETS, find_preset
 from moe_lab.roofline import GPUS, Gpu, Work, decode, prefill
 from moe_lab.viz.explorer import Explorer, readable
-from moe_lab.viz.kernels import _styled
 from moe_lab.viz.picture import (
     BLUE,
     GREEN,
@@ -41,8 +40,9 @@ from moe_lab.viz.picture import (
     VERMILLION,
     Picture,
     new_axes,
+    styled,
+    three_digits,
 )
-from moe_lab.viz.scaling import _three_digits
 
 DARK_GREY = "#555555"
 BATCHES = tuple(2**power for power in range(13))  # 1 to 4,096
@@ -80,7 +80,7 @@ def _experts_of(model: Model) -> tuple[str, LMConfig, MoEConfig]:
 
 
 def _gigabytes(size: float) -> str:
-    return f"{_three_digits(size / 1e9)} GB"
+    return f"{three_digits(size / 1e9)} GB"
 
 
 def _per_cent(share: float) -> str:
@@ -102,7 +102,7 @@ def sizes(names: Iterable[str] | None = None) -> dict[str, tuple[int, int]]:
     }
 
 
-@_styled
+@styled
 def draw_active_against_total(
     names: Iterable[str] | None = None, *, shares: Sequence[float] = (1, 0.1, 0.03)
 ) -> Picture:
@@ -268,7 +268,7 @@ def _part_bars(figure: Figure, axes: Axes, rows: Mapping[float, Parameters], leg
 SHOWN_PARTS = ("Llama 3 70B", "Mixtral 8x7B", "Qwen3-30B-A3B", "gpt-oss-120b", "DeepSeek-V3", "Kimi-K2")
 
 
-@_styled
+@styled
 def draw_where_parameters_sit(names: Sequence[str] = SHOWN_PARTS) -> Picture:
     """Of each model two bars, all parameters and the active ones, cut into parts; a dense model has one.
 
@@ -338,7 +338,7 @@ def batch_that_touches(moe: MoEConfig, share: float = NEARLY_ALL) -> int:
     return next(b for b in itertools.count(1) if distinct_experts(moe.n_experts, moe.top_k, b) >= wanted)
 
 
-@_styled
+@styled
 def draw_decode_reads(model: Model = "DeepSeek-V3", *, number: str = "fp8", mark: int = 32) -> Picture:
     """Bytes of weights that a decode step reads against its batch, beside a dense model of equal active size.
 
@@ -388,20 +388,20 @@ def draw_decode_reads(model: Model = "DeepSeek-V3", *, number: str = "fp8", mark
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     ends = (1, mark, nearly, batches[-1])
     told = "; ".join(
-        f"at {batch:,} {_three_digits(reads[name][batches.index(batch)])}, {ratios[batch]:.3g} times as much"
+        f"at {batch:,} {three_digits(reads[name][batches.index(batch)])}, {ratios[batch]:.3g} times as much"
         for batch in ends
     )
     return Picture(
         figure,
         f"Gigabytes of {number} weights that a decode step reads, against the batch, both logarithmic. The dense model "
-        f"reads {_three_digits(dense[0])} at every batch, {name} more and more until all experts are touched: {told}. "
+        f"reads {three_digits(dense[0])} at every batch, {name} more and more until all experts are touched: {told}. "
         f"To the right the same per token. A batch of {nearly} touches {_per_cent(NEARLY_ALL)} of the experts.",
     )
 
 
 def _number_beside(axes: Axes, x: float, y: float, *, is_above: bool, is_left: bool) -> None:
     axes.annotate(
-        _three_digits(y),
+        three_digits(y),
         (x, y),
         xytext=(-5 if is_left else 5, 6 if is_above else -6),
         textcoords="offset points",
@@ -431,7 +431,7 @@ SHOWN_EXPERTS = ("Mixtral 8x7B", "OLMoE-1B-7B", "Qwen3-30B-A3B", "DeepSeek-V3", 
 SIMULATED = (1, 4, 16, 64, 256)
 
 
-@_styled
+@styled
 def draw_experts_touched(names: Sequence[str] = SHOWN_EXPERTS) -> Picture:
     """The share of a layer's experts that a batch touches: the formula's curve, and points of a simulated choice."""
     figure, axes = new_axes(9.0, 4.6)
@@ -499,7 +499,7 @@ def _number_lane(axes: Axes, y: float, places: Mapping[int, float], factor: floa
         axes.annotate(shown, (middle, y), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=9.5)
 
 
-@_styled
+@styled
 def draw_rooflines(
     model: Model = "DeepSeek-V3",
     *,
@@ -541,8 +541,8 @@ def draw_rooflines(
             axes.plot(work.intensity, work.reached(machine, number) / 1e12, marker, **look, zorder=3)
             below.plot(work.intensity, row, marker, color=colour, markersize=8)
             told.append(
-                f"{lane.replace(chr(10), ' ')} {n:,}: {_three_digits(work.intensity)} operations per byte, "
-                f"{_three_digits(work.reached(machine, number) / 1e12)} TFLOP/s"
+                f"{lane.replace(chr(10), ' ')} {n:,}: {three_digits(work.intensity)} operations per byte, "
+                f"{three_digits(work.reached(machine, number) / 1e12)} TFLOP/s"
             )
     axes.text(corner * 0.93, roof(low) * 1.3, f"{corner:.0f} operations\nper byte", ha="right", color=DARK_GREY)
     axes.text(corner * 1.12, rate / 1.35, f"computes: {rate:.4g} TFLOP/s", va="top")
@@ -597,7 +597,7 @@ def cache_variants(config: LMConfig) -> dict[str, LMConfig]:
     }
 
 
-@_styled
+@styled
 def draw_caches(
     context: int = 131_072,
     *,
@@ -627,7 +627,7 @@ def draw_caches(
                 axes.plot(
                     [edge * (0.94 - shift), edge * (0.95 - shift)], [y + 0.42, y - 0.42], color="white", linewidth=3
                 )
-        told = f"{_three_digits(size)} KB, {_gigabytes(whole[label])}"
+        told = f"{three_digits(size)} KB, {_gigabytes(whole[label])}"
         axes.annotate(told, (min(size, edge), y), xytext=(5, 0), textcoords="offset points", va="center")
     axes.set_yticks(range(len(kept)), list(kept))
     axes.tick_params(axis="y", length=0)
@@ -639,7 +639,7 @@ def draw_caches(
     axes.set_xlabel("KV cache per token, all layers (KB, bf16)")
     axes.set_title(f"Beside each bar: one sequence of {context:,} tokens")
     listed = "; ".join(
-        f"{label} {_three_digits(size)} KB, {_gigabytes(whole[label])}" for label, size in kilobytes.items()
+        f"{label} {three_digits(size)} KB, {_gigabytes(whole[label])}" for label, size in kilobytes.items()
     )
     smallest = min(kilobytes, key=kilobytes.get)
     return Picture(
@@ -737,7 +737,7 @@ class ArithmeticExplorer(Explorer):
                 self._is_setting = False
         super()._redraw()
 
-    @_styled
+    @styled
     def draw(self, preset: str, number: str, batch: int, context: int, **sizes: int) -> Picture:
         """Parameters by part, the GPUs that hold the weights and the cache, and what a decode step reads."""
         try:

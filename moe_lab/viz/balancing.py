@@ -14,7 +14,7 @@ from torch import Tensor
 from moe_lab.balance import max_violation
 from moe_lab.experiments import Results
 from moe_lab.viz.charts import DASHES, _level
-from moe_lab.viz.experiments import _dots, _name_places, _values
+from moe_lab.viz.experiments import name_places, plot_seeds, values_of
 from moe_lab.viz.picture import BLUE, GREY, INK, ORANGE, SERIES, STYLE, VERMILLION, Picture, new_axes
 
 # --- two kinds of share -------------------------------------------------------------------------------------------
@@ -131,7 +131,7 @@ def sweep(
         named = {name: mark for axes in all_axes for mark, name in zip(*axes.get_legend_handles_labels(), strict=True)}
         if named:
             figure.legend(named.values(), named, loc="outside lower center", ncols=len(named), fontsize=9.5)
-        _name_places(all_axes[-1], list(labels))
+        name_places(all_axes[-1], list(labels))
         all_axes[0].set_title(title)
         all_axes[-1].set_xlabel(x)
         return Picture(figure, alt)
@@ -141,10 +141,10 @@ def _plot_panel(axes: Axes, results: Results, labels: Mapping[str, str], panel: 
     drawn: list[float] = []
     for place, variant in enumerate(labels.values()):
         if panel.shuffled:
-            chance = _values(results, variant, f"{panel.measure}_shuffled", panel.layer)
-            _dots(axes, place, chance, GREY, "D", "with domains shuffled" if place == 0 else None)
-        values = _values(results, variant, panel.measure, panel.layer)
-        _dots(axes, place, values, BLUE, "o", "a recorded seed" if place == 0 else None)
+            chance = values_of(results, variant, f"{panel.measure}_shuffled", panel.layer)
+            plot_seeds(axes, place, chance, GREY, "D", "with domains shuffled" if place == 0 else None)
+        values = values_of(results, variant, panel.measure, panel.layer)
+        plot_seeds(axes, place, values, BLUE, "o", "a recorded seed" if place == 0 else None)
         drawn += values
         if live is not None and live["variant"] == variant:
             value = live[panel.measure] if panel.layer is None else live["layers"][panel.layer][panel.measure]

@@ -123,17 +123,17 @@ def bands(
         figure, axes = new_axes(8.4, 3.6)
         lowest = 0.0
         for place, variant in enumerate(labels.values()):
-            values = _values(results, variant, measure, layer)
+            values = values_of(results, variant, measure, layer)
             lowest = min(lowest, *values)
             if shuffled:
-                chance = _values(results, variant, f"{measure}_shuffled", layer)
-                _dots(axes, place, chance, GREY, "D", "the same, shuffled" if place == 0 else None)
-            _dots(axes, place, values, SERIES[0], "o", "measured" if shuffled and place == 0 else None)
+                chance = values_of(results, variant, f"{measure}_shuffled", layer)
+                plot_seeds(axes, place, chance, GREY, "D", "the same, shuffled" if place == 0 else None)
+            plot_seeds(axes, place, values, SERIES[0], "o", "measured" if shuffled and place == 0 else None)
         if level:
             _level(axes, *level)
         if layer is not None and lowest == 0:  # measures of routing are read from zero, differences of loss are not
             axes.set_ylim(bottom=0)
-        _name_places(axes, list(labels))
+        name_places(axes, list(labels))
         if shuffled:
             axes.legend(loc="best")
         axes.grid(axis="y", alpha=0.25)
@@ -141,14 +141,19 @@ def bands(
         return Picture(figure, alt)
 
 
-def _values(results: Results, variant: str, measure: str, layer: int | None) -> list[float]:
+def values_of(results: Results, variant: str, measure: str, layer: int | None) -> list[float]:
+    """One measure of a variant, a number for every seed.
+
+    Raises:
+        ValueError: a variant that was not recorded, or one without this measure.
+    """
     try:
         return results.values(variant, measure, layer)
     except KeyError:
         raise ValueError(f"measure={measure!r} was not recorded for the variant {variant!r}.") from None
 
 
-def _dots(axes: Axes, place: int, values: Sequence[float], colour: str, marker: str, name: str | None) -> None:
+def plot_seeds(axes: Axes, place: int, values: Sequence[float], colour: str, marker: str, name: str | None) -> None:
     """The mean as a line, and the seeds side by side on it, so that equal ones are both seen."""
     mean = statistics.fmean(values)
     look = {"color": colour, "clip_on": False, "zorder": 3}  # whole even on the axis
@@ -157,7 +162,7 @@ def _dots(axes: Axes, place: int, values: Sequence[float], colour: str, marker: 
     axes.plot(place + beside, values, marker, markeredgecolor="white", markersize=7, label=name, **look)
 
 
-def _name_places(axes: Axes, names: Sequence[str]) -> None:
+def name_places(axes: Axes, names: Sequence[str]) -> None:
     """Names below the axis; one that is too long is broken at its commas first."""
     width = max(6, LABELS_IN_ALL // len(names))
     axes.set_xticks(range(len(names)), [name if len(name) <= width else _broken(name, width) for name in names])

@@ -1,7 +1,10 @@
 """A figure as it is shown: a PNG with alt text, on white, the same wherever the notebook is read."""
 
 import base64
+import functools
 import io
+from collections.abc import Callable
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -78,11 +81,27 @@ class Picture:
         return f"Figure: {self.alt}"
 
 
+def styled(draw: Callable[..., Picture]) -> Callable[..., Picture]:
+    """Draws in the course's style from the first line to the last."""
+
+    @functools.wraps(draw)
+    def drawn(*args: Any, **kwargs: Any) -> Picture:
+        with mpl.rc_context(STYLE):
+            return draw(*args, **kwargs)
+
+    return drawn
+
+
 def new_axes(width: float = 7.0, height: float = 3.4) -> tuple[Figure, Axes]:
     """A figure in the course's style with one pair of axes; sizes in inches."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         return figure, figure.subplots()
+
+
+def three_digits(value: float) -> str:
+    """A number for a label: its first three digits, or from a hundred on all before the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def part_name(part: str) -> str:

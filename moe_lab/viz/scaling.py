@@ -23,7 +23,20 @@ from moe_lab.parallel.cost import (
     traffic,
     weak_scaling,
 )
-from moe_lab.viz.picture import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, SKY, STYLE, VERMILLION, Picture, new_axes
+from moe_lab.viz.picture import (
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    ORANGE,
+    PURPLE,
+    SKY,
+    STYLE,
+    VERMILLION,
+    Picture,
+    new_axes,
+    three_digits,
+)
 
 # What a step's time is drawn as; `StepTime` tells the parts apart further.
 PARTS = {
@@ -134,10 +147,6 @@ def _draw_shares(axes: Axes, ranks: Sequence[int], drawn: Mapping[str, list[floa
     axes.set(ylim=(0, 100), xlim=(ranks[0], ranks[-1]))
 
 
-def _three_digits(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
 def sent_by_way(cluster: Cluster, model: Model, n_ranks: int, tokens_per_rank: int) -> dict[str, Traffic]:
     """Bytes a rank sends in a step if the ranks share the model in one way alone; the same tokens in all."""
     layouts = {"dp": Layout(n_ranks=n_ranks)} | {
@@ -170,7 +179,7 @@ def draw_ways(
                     seen.setdefault(WAYS[part], drawn)
                 left += gigabytes
             axes.annotate(
-                _three_digits(left), (left, names[way]), xytext=(4, 0), textcoords="offset points", va="center"
+                three_digits(left), (left, names[way]), xytext=(4, 0), textcoords="offset points", va="center"
             )
         axes.invert_yaxis()
         axes.margins(x=0.1)
@@ -183,7 +192,7 @@ def draw_ways(
             figure,
             f"Four bars: gigabytes that each of {n_ranks} ranks sends in a training step of {model.name}. "
             + "; ".join(
-                f"{' '.join(names[way].split())}: {_three_digits(sent.total / 1e9)}" for way, sent in ways.items()
+                f"{' '.join(names[way].split())}: {three_digits(sent.total / 1e9)}" for way, sent in ways.items()
             )
             + ". What expert parallelism sends is cut into its rows and the gradients of all that is copied.",
         )

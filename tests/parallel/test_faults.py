@@ -19,7 +19,7 @@ from moe_lab.lm import LM
 from moe_lab.moe import MoE
 from moe_lab.parallel import ExpertParallelMoE, ParallelTrainer, RankError, even_placement, launch
 from moe_lab.parallel.demo import parse
-from moe_lab.parallel.launch import outcomes_of
+from moe_lab.parallel.launching import outcomes_of
 from moe_lab.parallel.process import Store
 from moe_lab.paths import course_root
 from moe_lab.plain import read_config

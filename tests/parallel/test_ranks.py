@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moe_lab.parallel import RankError, Ranks, launch, leave, simulate
-from moe_lab.parallel.simulate import SimulatedRanks
+from moe_lab.parallel.simulation import SimulatedRanks
 
 SIZE = 4
 Program = Callable[[Ranks], object]

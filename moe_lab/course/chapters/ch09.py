@@ -36,6 +36,9 @@ MOE_MODELS = {
     "two layers with experts": ROUTED,
     "a tied table": ROUTED.but(tied_embeddings=True, moe=ROUTED.moe.but(n_experts=7, top_k=3)),
     "shared experts": ROUTED.but(n_layers=3, moe=ROUTED.moe.but(n_experts=8, top_k=3, n_shared_experts=2)),
+    "a shared expert with a width of its own": ROUTED.but(
+        moe=ROUTED.moe.but(n_experts=6, n_shared_experts=1, d_ff_shared=8)
+    ),
     "two dense layers first": ROUTED.but(
         n_layers=5, n_dense_layers=2, moe=ROUTED.moe.but(n_experts=7, top_k=2, n_shared_experts=1)
     ),
@@ -237,6 +240,12 @@ ATTENTION_PARAMETERS = Exercise(
             "attention.",
         ),
         Mistake(
+            name="the output matrix for the heads of keys alone",
+            wrong=_attention(lambda c: c.d_model * c.d_head * (c.n_heads + 3 * c.n_kv_heads)),
+            says="Your `w_o` reads `n_kv_heads` heads. Keys and values are shared, but every query head comes back "
+            "with something of its own: `w_o` reads `n_heads` of them, as many as `w_q` makes.",
+        ),
+        Mistake(
             name="the output matrix taken for D by D",
             wrong=_attention(
                 grouped=lambda c: c.d_model * (c.d_head * (c.n_heads + 2 * c.n_kv_heads) + c.d_model),
@@ -303,6 +312,21 @@ ATTENTION_PARAMETERS = Exercise(
             "each head.",
         ),
         Mistake(
+            name="turned keys from the latent vector, too",
+            wrong=_attention(up=lambda c: c.mla.kv_rank * c.n_heads * (c.mla.d_nope + c.mla.d_rope + c.mla.d_value)),
+            says="`w_ukv` makes a turned part of every key here, d_rope numbers for each head. There is one turned "
+            "key for all heads, and `w_dkv` has made it: the latent vector gives d_nope + d_value numbers a head.",
+        ),
+        Mistake(
+            name="turned keys from the latent vector in place of the token",
+            wrong=_attention(
+                down=lambda c: c.d_model * c.mla.kv_rank,
+                up=lambda c: c.mla.kv_rank * c.n_heads * (c.mla.d_nope + c.mla.d_rope + c.mla.d_value),
+            ),
+            says="You moved `d_rope` from `w_dkv` to `w_ukv`. The turned key is read from the token, once for all "
+            "heads. Between the latent vector and the heads no turn may stand, or nothing could be absorbed.",
+        ),
+        Mistake(
             name="values as wide as queries",
             wrong=_attention(out=lambda c: c.n_heads * (c.mla.d_nope + c.mla.d_rope) * c.d_model),
             says="`w_o` is given rows as wide as queries. It mixes what the heads have gathered, and these are values: "
@@ -359,6 +383,11 @@ def _model(
         return attention + config.d_model * (rows + matrices * widths)
 
     return wrong
+
+
+def _model_of_vocabulary(rows: Callable[[int], int]) -> Callable[..., int]:
+    """The count with tables of another length."""
+    return lambda config, active=False: model_parameters(config.but(vocab_size=rows(config.vocab_size)), active)
 
 
 def _share_of_all(config: LMConfig, active: bool = False) -> int:
@@ -460,6 +489,12 @@ MODEL_PARAMETERS = Exercise(
             says="You counted k rows of the router as active. To find the best k, it has to score all experts.",
         ),
         Mistake(
+            name="routed experts forgotten",
+            wrong=_model(routed=lambda c, active: 0),
+            says="The routed experts are missing: in each layer of experts `moe.n_experts` in the total, `moe.top_k` "
+            "among the active.",
+        ),
+        Mistake(
             name="shared experts forgotten",
             wrong=_model(shared_width=lambda c, active: 0),
             says="The shared experts are missing. Every token visits them, so they count in the total and among the "
@@ -487,10 +522,50 @@ MODEL_PARAMETERS = Exercise(
             says="`d_ff_shared` is the width of all shared experts together; you took it n_shared_experts times.",
         ),
         Mistake(
+            name="all shared experts as narrow as one",
+            wrong=_model(shared_width=lambda c, active: c.moe.d_ff if c.moe.n_shared_experts else 0),
+            says="You took `moe.d_ff` for the width of all shared experts. That is a routed expert's; theirs is "
+            "`moe.d_ff_shared`, all of them together.",
+        ),
+        Mistake(
+            name="a shared expert in every model",
+            wrong=_model(shared_width=lambda c, active: c.moe.d_ff),
+            says="Every layer of experts has one shared expert of width `moe.d_ff` here. Some models have several, and "
+            "some have none: `moe.d_ff_shared` is the width of all of them together, 0 where there is none.",
+        ),
+        Mistake(
+            name="shared experts as wide as routed ones",
+            wrong=_model(shared_width=lambda c, active: c.moe.n_shared_experts * c.moe.d_ff),
+            says="You made every shared expert as wide as a routed one. In DeepSeek-V3 it is, but it need not be: "
+            "`moe.d_ff_shared` says how wide all of them are together.",
+        ),
+        Mistake(
             name="a tied table counted twice",
             wrong=_model(tables=lambda c, active: 2),
             says="With `tied_embeddings` one table serves at both ends: count it once. Summing a checkpoint's entries "
             "makes the same mistake, for some files hold it under several names.",
+        ),
+        Mistake(
+            name="one table where there are two, and two where there is one",
+            wrong=_model(tables=lambda c, active: 2 if c.tied_embeddings else 1),
+            says="You have `tied_embeddings` the wrong way round. Tied means that one table serves at both ends; "
+            "without it there are two.",
+        ),
+        Mistake(
+            name="a row of the table missing",
+            wrong=_model_of_vocabulary(lambda vocab_size: vocab_size - 1),
+            says="Your tables lack a row. Tokens are numbered from 0 to vocab_size − 1: that makes vocab_size rows.",
+        ),
+        Mistake(
+            name="a row too many in the table",
+            wrong=_model_of_vocabulary(lambda vocab_size: vocab_size + 1),
+            says="Your tables have a row too many. Padding and the marks of beginning and end are tokens, too, and "
+            "`vocab_size` counts them.",
+        ),
+        Mistake(
+            name="no tables",
+            wrong=_model(tables=lambda c, active: 0),
+            says="Embedding and head are missing: a table of vocab_size · D each, or one for both if they are tied.",
         ),
         Mistake(
             name="the head forgotten",
@@ -505,6 +580,23 @@ MODEL_PARAMETERS = Exercise(
             "to use for FLOPs. Here the other convention is asked for: all tables count.",
         ),
         Mistake(
+            name="one row of the embedding among the active",
+            wrong=lambda config, active=False: (
+                model_parameters(config, active)
+                - (active and not config.tied_embeddings) * (config.vocab_size - 1) * config.d_model
+            ),
+            says="Of the embedding you count the one row that a token reads. It does read one; but by the convention "
+            "asked for here both tables count in full, as on many model cards.",
+        ),
+        Mistake(
+            name="one row of the only table among the active",
+            wrong=lambda config, active=False: (
+                model_parameters(config, active) - active * (config.vocab_size - 1) * config.d_model
+            ),
+            says="Of the embedding you count the one row that a token reads, even if its table is tied: then it is the "
+            "head, too, and a token is compared with every row. Both tables count in full here.",
+        ),
+        Mistake(
             name="a table left out of the active, even the only one",
             wrong=_model(tables=lambda c, active: (1 if c.tied_embeddings else 2) - active),
             says="Your active count leaves one table out. Here the convention that counts all is asked for; and in the "
@@ -514,6 +606,11 @@ MODEL_PARAMETERS = Exercise(
             name="total and active exchanged",
             wrong=lambda config, active=False: model_parameters(config, not active),
             says="With `active=True` you count all experts, and without it `top_k` of them. It is the other way round.",
+        ),
+        Mistake(
+            name="attention forgotten",
+            wrong=_model(attentions=lambda c: 0),
+            says="Attention is missing. Every one of the `n_layers` layers has it: your function of 9.2 counts one.",
         ),
         Mistake(
             name="attention in one layer",

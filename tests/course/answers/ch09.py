@@ -186,6 +186,7 @@ def in_parts(**changes):
         d, moe, n_moe = config.d_model, config.moe, config.n_moe_layers
         n = {
             "tables": 1 if config.tied_embeddings else 2,
+            "rows": config.vocab_size,
             "attentions": config.n_layers,
             "dense": config.n_layers - n_moe,
             "dense_width": config.d_ff,
@@ -197,7 +198,7 @@ def in_parts(**changes):
         }
         n |= {name: change(config, active) for name, change in changes.items()}
         parts = [
-            n["tables"] * config.vocab_size * d,
+            n["tables"] * n["rows"] * d,
             n["attentions"] * from_shapes()(config),
             n["dense"] * n["matrices"] * d * n["dense_width"],
             n["moe"] * n["routed"] * n["matrices"] * d * moe.d_ff,
@@ -496,6 +497,12 @@ WRONG = {
         ],
         "keys and values share a matrix": [from_shapes(set_to(v=None)), head_by_head(kv_matrices=1)],
         "the output matrix forgotten": [from_shapes(set_to(o=None), set_to(o=None)), head_by_head(with_out=False)],
+        "the output matrix for the heads of keys alone": [
+            from_shapes(set_to(o=lambda c: (c.d_model, c.n_kv_heads * c.d_head))),
+            lambda config: (
+                head_by_head()(config) - config.d_model * (config.n_heads - config.n_kv_heads) * config.d_head
+            ),
+        ],
         "the output matrix taken for D by D": [
             from_shapes(set_to(o=lambda c: (c.d_model, c.d_model)), set_to(o=lambda c: (c.d_model, c.d_model))),
             lambda config: head_by_head(with_out=False)(config) + config.d_model * config.d_model,
@@ -542,6 +549,18 @@ WRONG = {
         "keys from the latent vector, but no values": [
             from_shapes(latent=set_to(uv=None)),
             head_by_head(read=lambda m: m.d_nope),
+        ],
+        "turned keys from the latent vector, too": [
+            from_shapes(latent=set_to(uk=lambda c: (c.n_heads * c.d_head, c.mla.kv_rank))),
+            head_by_head(read=lambda m: m.d_nope + m.d_rope + m.d_value),
+        ],
+        "turned keys from the latent vector in place of the token": [
+            from_shapes(
+                latent=set_to(
+                    dkv=lambda c: (c.mla.kv_rank, c.d_model), uk=lambda c: (c.n_heads * c.d_head, c.mla.kv_rank)
+                )
+            ),
+            head_by_head(keys_down=lambda m, heads: m.kv_rank, read=lambda m: m.d_nope + m.d_rope + m.d_value),
         ],
         "values as wide as queries": [
             from_shapes(latent=set_to(o=lambda c: (c.d_model, c.n_heads * c.d_head))),
@@ -597,6 +616,10 @@ WRONG = {
             in_parts(scored=lambda c, active: c.moe.top_k if active else c.moe.n_experts),
             layer_by_layer(scored=lambda moe, active: [moe.n_experts, moe.top_k][active]),
         ],
+        "routed experts forgotten": [
+            in_parts(routed=lambda c, active: 0),
+            layer_by_layer(chosen=lambda moe, active: 0),
+        ],
         "shared experts forgotten": [
             in_parts(shared=lambda c, active: 0),
             layer_by_layer(shared=lambda moe, active: 0),
@@ -619,9 +642,48 @@ WRONG = {
             in_parts(shared=lambda c, active: c.moe.d_ff_shared * c.moe.n_shared_experts),
             layer_by_layer(shared=lambda moe, active: sum([moe.d_ff_shared] * moe.n_shared_experts)),
         ],
+        "all shared experts as narrow as one": [
+            in_parts(shared=lambda c, active: min(c.moe.d_ff, c.moe.d_ff_shared)),
+            layer_by_layer(shared=lambda moe, active: moe.d_ff * bool(moe.n_shared_experts)),
+        ],
+        "a shared expert in every model": [
+            in_parts(shared=lambda c, active: c.moe.d_ff),
+            layer_by_layer(
+                chosen=lambda moe, active: 1 + (moe.top_k if active else moe.n_experts), shared=lambda moe, active: 0
+            ),
+        ],
+        "shared experts as wide as routed ones": [
+            in_parts(shared=lambda c, active: c.moe.d_ff * c.moe.n_shared_experts),
+            layer_by_layer(
+                chosen=lambda moe, active: (moe.top_k if active else moe.n_experts) + moe.n_shared_experts,
+                shared=lambda moe, active: 0,
+            ),
+        ],
         "a tied table counted twice": [
             in_parts(tables=lambda c, active: 2),
             layer_by_layer(last=lambda c, active: c.vocab_size),
+        ],
+        "one table where there are two, and two where there is one": [
+            in_parts(tables=lambda c, active: 1 + c.tied_embeddings),
+            layer_by_layer(last=lambda c, active: c.vocab_size if c.tied_embeddings else 0),
+        ],
+        "a row of the table missing": [
+            in_parts(rows=lambda c, active: c.vocab_size - 1),
+            layer_by_layer(
+                first=lambda c, active: len(range(1, c.vocab_size)),
+                last=lambda c, active: 0 if c.tied_embeddings else c.vocab_size - 1,
+            ),
+        ],
+        "a row too many in the table": [
+            in_parts(rows=lambda c, active: c.vocab_size + 1),
+            layer_by_layer(
+                first=lambda c, active: len(range(c.vocab_size + 1)),
+                last=lambda c, active: 0 if c.tied_embeddings else c.vocab_size + 1,
+            ),
+        ],
+        "no tables": [
+            in_parts(tables=lambda c, active: 0),
+            layer_by_layer(first=lambda c, active: 0, last=lambda c, active: 0),
         ],
         "the head forgotten": [in_parts(tables=lambda c, active: 1), layer_by_layer(last=lambda c, active: 0)],
         "a table left out of the active, even the only one": [
@@ -631,6 +693,10 @@ WRONG = {
         "total and active exchanged": [
             lambda config, active=False: in_parts()(config, not active),
             lambda config, active=False: layer_by_layer()(config, active is False),
+        ],
+        "attention forgotten": [
+            in_parts(attentions=lambda c, active: 0),
+            layer_by_layer(attends=lambda c, experts: False),
         ],
         "attention in one layer": [
             in_parts(attentions=lambda c, active: 1),
@@ -659,6 +725,20 @@ WRONG = {
                 * int(routed_as_wide_as_dense(config, active) * config.moe.d_ff)
                 * config.d_model
             ),
+        ],
+        "one row of the embedding among the active": [
+            lambda config, active=False: (
+                in_parts(tables=lambda c, active: 1)(config, active)
+                + (0 if config.tied_embeddings else 1 if active else config.vocab_size) * config.d_model
+            ),
+            layer_by_layer(first=lambda c, active: 1 if active and not c.tied_embeddings else c.vocab_size),
+        ],
+        "one row of the only table among the active": [
+            lambda config, active=False: (
+                in_parts(tables=lambda c, active: 1 - c.tied_embeddings)(config, active)
+                + (1 if active else config.vocab_size) * config.d_model
+            ),
+            layer_by_layer(first=lambda c, active: 1 if active else c.vocab_size),
         ],
         "the embedding left out of the active": [
             in_parts(tables=lambda c, active: 2 - max(active, c.tied_embeddings)),
