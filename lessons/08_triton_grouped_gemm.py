@@ -10,7 +10,7 @@
 #     name: python3
 # moe_lab:
 #   title: Triton grouped GEMM
-#   minutes: 75
+#   minutes: 70
 #   seconds: 120
 #   hardware: CPU · GPU optional
 #   needs: triton
@@ -21,7 +21,7 @@
 #
 # **How does a GPU run ragged matrix products at full speed?**
 #
-# `CPU · GPU optional` · 75 minutes · prerequisites: notebooks 03 and 04
+# `CPU · GPU optional` · 70 minutes · prerequisites: notebooks 03 and 04
 #
 # At the end **you will have built** the grouped product of all experts (GEMM: general matrix multiplication) as one kernel,
 # proven on this machine, and compiled for a data-centre GPU that you need not have: you will find the tensor cores'
@@ -31,7 +31,6 @@
 
 # %%
 import re
-from functools import partial
 from itertools import product
 
 import torch
@@ -39,6 +38,7 @@ import torch
 from moe_lab import viz
 from moe_lab.course import exercise, show_progress
 from moe_lab.course.kernel_cells import Kernel, KernelError, tl, triton
+from moe_lab.gpu.measure import compare
 from moe_lab.ops import grouped_mm
 from moe_lab.ops.tiles import most_tiles
 
@@ -58,7 +58,8 @@ my_guess = {"tokens per expert": None, "waste, %": None}
 # ## 1 What a GPU is like
 #
 # A GPU is many processors (132 in an H100 or H200) around one memory. Nearest are a processor's **registers**, which hold
-# what it computes with; then its **shared memory**; then one cache for all, **L2**. What is near is fast and small:
+# what it computes with; then its **shared memory**; then one cache for all, **L2**. What is near is small, and what is far
+# keeps you waiting:
 
 # %%
 viz.draw_memory()
@@ -196,8 +197,9 @@ print(torch.equal(total, a @ b.T))
 #
 # ●●○ · 15 minutes · eight to ten lines
 #
-# y = x @ w.T, of x (M, K) and w (N, K), any sizes, fp32 multiplied exactly. w[n, k] lies at `n * stride_wn + k * stride_wk`. The grid is
-# (tiles of rows, tiles of columns). Along a row of x and y the stride is 1. Read and write nothing outside the tensors.
+# y = x @ w.T, of x (M, K) and w (N, K), any sizes, multiplied by `tl.dot`, fp32 exactly. w[n, k] lies at
+# `n * stride_wn + k * stride_wk`. The grid is (tiles of rows, tiles of columns). Along a row of x and y the stride is 1.
+# Read and write nothing outside the tensors.
 #
 # | in a kernel | |
 # |---|---|
@@ -262,9 +264,9 @@ def tile_product(
 viz.draw_tiles(counts, block=4)
 
 # %% [markdown]
-# How many programs to start? Asking the offsets would make Python wait for the GPU. A **bound** needs the sizes alone: R
+# How many programs? Asking the offsets would make Python wait for the GPU. A **bound** needs the sizes alone: R
 # rows in E groups make at most E + (R − E) // block tiles (or R, if R < E): one for each group's first row, one more for
-# every further `block` rows. **Check** it for 8 rows in 3 groups:
+# every further `block` rows. *Optional:* **check** it for 8 rows in 3 groups:
 
 # %%
 splits = [split for split in product(range(9), repeat=3) if sum(split) == 8]
@@ -338,8 +340,8 @@ for name, line in zip(("group", "first", "rows"), plan, strict=True):
 #
 # ●●● · 12 minutes · your 8.2, and five lines
 #
-# y[r] = x[r] @ w[group of r].T, for x (R, K). Tensors may hold more than 2³¹ numbers: make group and rows 64 bit, as in
-# `group.to(tl.int64)`, before a stride multiplies them (see 9: no check is that large).
+# y[r] = x[r] @ w[group of r].T, for x (R, K). Tensors may hold more than 2³¹ numbers: make group and rows 64 bit, as
+# n is, by `.to(tl.int64)`, before a stride multiplies them. (See 8: no check is that large.)
 #
 # <details><summary>Hint 1</summary>
 #
@@ -364,7 +366,7 @@ def grouped_product(
 ):  # fmt: skip
     """y[r] = x[r] @ w[group of r].T; a program computes one tile of the plan, some columns."""
     tile, place = tl.program_id(0), tl.arange(0, BLOCK_M)
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     ### BEGIN SOLUTION
     group = tl.load(tiles + tile)
     if group < 0:
@@ -416,9 +418,11 @@ y = grouped_mm(x, w, offsets, impl="reference")
 print("equal:", torch.allclose(grouped(x.detach(), w.detach(), offsets), y, atol=1e-5))
 
 # %% [markdown]
-# **In which order?** Programs start by number, axis 0 first; some hundred run at once. What one has read lies in L2 for the
-# others. In bands they touch a square, not a long strip; the package's kernels do this (`tile_order` in
-# `moe_lab/ops/kernels.py`).
+# ### In which order? (*optional*)
+#
+# Programs start by number, axis 0 first: yours go down the rows, column by column. 132 processors with room for two of yours
+# each (section 8) run 264 at once; here 16. What one has read lies in L2 for the others. In bands they touch a square, not a
+# long strip; so do the package's (`tile_order` in `moe_lab/ops/kernels.py`).
 
 # %%
 viz.draw_tile_order(n_rows=12, n_columns=12, band=4)
@@ -445,7 +449,7 @@ print("equal:", torch.allclose(dx, x.grad, atol=1e-5))
 #
 # ### Exercise 8.5 · the gradient of the weights (*optional*)
 #
-# ●●● · 10 minutes · ten lines
+# ●●● · 10 minutes · ten lines, one of them `tl.dot`
 #
 # | | |
 # |---|---|
@@ -552,9 +556,18 @@ hopper = compiled(grouped_product)
 viz.show_machine_code(hopper) if hopper else None
 
 # %% [markdown]
-# **There it is**: one HGMMA multiplies 64 × 16 by 16 × 128 bf16 numbers on the tensor cores and sums in fp32. *Spills* would
-# mean too few registers. While one block of K is multiplied, the next ones arrive in shared memory: as many as there are
-# *stages*. The same for an A100, an H200 and a B200:
+# **There it is**: one HGMMA multiplies 64 × 16 by 16 × 128 bf16 numbers on the tensor cores, summed in fp32. Four
+# of them take a block of K, 64, and each four warps half of the 128 rows. *Spills* would mean too few registers. Three *stages* are
+# room for three blocks: one is multiplied, two are on their way.
+
+# %%
+block = 2 * (HOW["BLOCK_M"] + HOW["BLOCK_N"]) * HOW["BLOCK_K"]  # bytes of x and of w
+if hopper:
+    print("blocks of K in shared memory:", hopper.shared_bytes // block)
+    print("places in 64 bit:", "no" if hopper.narrow_addresses else "yes")
+
+# %% [markdown]
+# “No” means that group, row or n meets a stride in 32 bits (9 shows where). The same for an A100, an H200 and a B200:
 
 # %%
 for name, capability in {"A100": 80, "H200": 90, "B200": 100}.items():
@@ -584,14 +597,14 @@ if exact:
 
 # %%
 ours = Kernel.written("moe_lab.course.chapters.kernels08", "grouped_product")
-right = 'total = tl.dot(a, b, total, input_precision="ieee")'
-rounded = 'total += tl.dot(a, b, input_precision="ieee").to(y.dtype.element_ty)'
-wrong = ours.changed(
-    ("dtype=tl.float32", "dtype=y.dtype.element_ty"),
-    (right, rounded),
-    ("group.to(tl.int64) * stride_we", "group * stride_we"),
+in_fp32 = 'total = tl.dot(a, b, total, input_precision="ieee")'
+in_bf16 = 'total += tl.dot(a, b, input_precision="ieee").to(y.dtype.element_ty)'
+sum_in_bf16 = ("dtype=tl.float32", "dtype=y.dtype.element_ty"), (in_fp32, in_bf16)
+places_in_32_bits = (
+    ("group.to(tl.int64)", "group"),
     ("(first + place).to(tl.int64)", "first + place"),
 )
+wrong = ours.changed(*sum_in_bf16, *places_in_32_bits)
 versions = {"yours": hopper, "wrong": compiled(wrong)}
 
 # %% [markdown]
@@ -599,17 +612,19 @@ versions = {"yours": hopper, "wrong": compiled(wrong)}
 
 
 # %%
+def lines_with(word, code, more=0):
+    """The lines of a kernel's TTIR with this word, and as many after each; names without numbers."""
+    text = re.sub(r"_\d+\b| loc\(.*", "", code.ttir)
+    lines = [line.strip(" {") for line in text.splitlines() if line.startswith(" ")]
+    found = [i for i, line in enumerate(lines) if word in line and "tt.func" not in line]
+    return [line for i in found for line in lines[i : i + 1 + more]]
+
+
 def show_ttir(word, more=0):
-    """The lines of both kernels' TTIR with this word, and those after; names without numbers."""
+    """These lines of both kernels."""
     for name, code in versions.items():
-        lines = [line for line in code.ttir.splitlines() if line[:1] == " "] if code else []
-        for i, line in enumerate(lines):
-            if word in line and "tt.func" not in line:
-                for each in lines[i : i + 1 + more]:
-                    print(
-                        f"{name}:",
-                        re.sub(r"_\d+\b", "", each.split(" loc(")[0].strip(" {")),
-                    )
+        for line in lines_with(word, code, more) if code else ():
+            print(f"{name}: {line}")
 
 
 show_ttir("scf.for")
@@ -658,16 +673,14 @@ print(f"and rows of 4096: from row {2**31 // 4096:,} on")
 # what it costs. (The cell exchanges text again.)
 
 # %% tags=["nbval-ignore-output"]
-held = ours.changed(
-    ("k[None, :]\n        w_at", "tl.minimum(k, K - 1)[None, :]\n        w_at"),
-    ("mask=in_m & in_k[None, :]", "mask=in_m"),
-)
-for name, code in {"yours": hopper, "minimum": compiled(held)}.items():
+held_below_k = "stride_x + k[None, :]", "stride_x + tl.minimum(k, K - 1)[None, :]"
+no_mask_on_k = "mask=in_m & in_k[None, :]", "mask=in_m"
+held = compiled(ours.changed(held_below_k, no_mask_on_k))
+for name, code in {"yours": hopper, "minimum": held}.items():
     if code:
-        print(
-            f"{name}: {code.registers} registers, {code.shared_bytes:,} bytes of shared memory"
-        )
-        print("   copies straight into it:", code.instructions["LDGSTS"])
+        copies, shared = code.instructions["LDGSTS"], f"{code.shared_bytes:,} bytes"
+        print(f"{name}: {code.registers} registers; {shared} of shared memory,")
+        print(f"   {copies} instructions that copy straight into it")
 
 # %% [markdown]
 # With the mask the compiler knows that numbers lie side by side: 16 bytes a load, straight into shared memory, stages ahead.
@@ -685,34 +698,55 @@ def measure(tokens, n_experts=16, n=1536, k=2048):
     x = torch.randn(tokens * n_experts, k, dtype=torch.bfloat16)
     w = torch.randn(n_experts, n, k, dtype=torch.bfloat16)
     offsets = tokens * torch.arange(1, n_experts + 1, dtype=torch.int32)
+    flops = 2 * len(x) * n * k
     grid, arguments = launch(x, w, offsets, HOW["BLOCK_M"])
-    times = [grouped_product.time(grid, *arguments, **HOW)]
-    x, w, offsets = x.cuda(), w.cuda(), offsets.cuda()
-    for impl in ("triton", "torch"):
-        run = partial(grouped_mm, x, w, offsets, impl)
-        times.append(triton.testing.do_bench(run, return_mode="median"))
-    return [2 * len(x) * n * k / 1e9 / milliseconds for milliseconds in times]
+    yours = {"tflops": flops / 1e9 / grouped_product.time(grid, *arguments, **HOW)}
+    on_gpu = x.cuda(), w.cuda(), offsets.cuda()
 
+    def product_by(impl):
+        return lambda _: (grouped_mm(*on_gpu, impl),)
+
+    runs = {"package": product_by("triton"), "torch": product_by("torch")}
+    found = {"yours": yours, **compare(runs, 1, flops, "cuda")}
+    return [one.get("failed") or f"{one['tflops']:.0f}" for one in found.values()]
+
+
+# %% [markdown]
+# The GPU's own clock is read, so Python's time is not in it. Your plan is made beforehand; the package makes its own each
+# time, in one more launch.
 
 # %% tags=["nbval-ignore-output"]
 if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0):
     print("tokens, TFLOP/s: yours, the package's, torch's")
     for tokens in (16, 64, 256, 1024):
-        print(tokens, *(f"{rate:.0f}" for rate in measure(tokens)))
+        print(tokens, *measure(tokens), sep=", ")
 else:
     print("There is no NVIDIA GPU from Ampere on here, so nothing is timed.")
 
 # %%
 recorded = viz.kernels.recorded()
 if recorded is None:
-    print(
-        "No run on a GPU has been recorded as yet: the figures show what is known without one."
-    )
+    print("No run on a GPU has been recorded yet: what follows is known without one.")
 viz.draw_throughput(recorded)
 
 # %% [markdown]
-# No kernel beats the rate of the tensor cores, nor the bandwidth. Programs ask for the same rows and weights again and again;
-# caches serve much of that, but the larger the tiles, the less is asked for:
+# No kernel beats the rate of the tensor cores, nor the bandwidth.
+#
+# ### Step by step up the roofline (*optional*)
+#
+# From Hopper on a copy engine, **TMA**, fetches a whole tile: it knows a tensor by a **descriptor** (place, sizes, strides,
+# tile), and is told two or three numbers. And programs may **stay**: one for each processor, which takes tile after tile.
+# Both in the package's kernel:
+
+# %%
+(source,) = Kernel.written("moe_lab.ops.kernels", "grouped_product_tma").sources.values()
+for line in source.splitlines():
+    if any(word in line for word in ("tl.range(", "tile_order(", ".load([", "tl.dot(")):
+        print(line)
+
+# %% [markdown]
+# What is past an edge comes as 0, so x and w need no masks; `flatten` has the next tile fetched while this one is stored.
+# Now the steps, by what programs **ask** for. Caches serve much of it, so a step may stand above the slope:
 
 # %%
 viz.draw_stages(recorded)

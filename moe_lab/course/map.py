@@ -10,7 +10,7 @@ NOTEBOOKS: tuple[tuple[str, str, int | None], ...] = (
     ("05", "load balancing", 60),
     ("06", "shared experts", 60),
     ("07", "expert parallelism", 60),
-    ("08", "Triton grouped GEMM", 75),
+    ("08", "Triton grouped GEMM", 70),
     ("09", "arithmetic of MoE", 90),
     ("10", "training", None),
     ("11", "serving", None),

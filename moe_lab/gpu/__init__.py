@@ -1,7 +1,8 @@
 """`moe-lab gpu`: the GPU tests and the GPU benchmark in one command of under eight minutes, for a machine with a GPU.
 
 It needs torch, triton, numpy and pytest, no network, and no installed package: `python -m moe_lab gpu` from a clone.
-Peers (transformers, liger-kernel) are measured where they are installed. Results are one JSON, `gpu.json`.
+Peers (transformers, liger-kernel, grouped-mm-bf16) are measured where they are installed. Results are one JSON,
+`gpu.json`.
 """
 
 import argparse

@@ -15,6 +15,7 @@ from moe_lab.gpu.candidates import (
     DENSE,
     FUSED,
     GROUPED_MM,
+    GROUPED_MM_BF16,
     LIGER,
     LOADS,
     LOOP,
@@ -34,7 +35,7 @@ from moe_lab.paths import course_root
 
 PASSES = ("forward", "both")
 BLOCKS_ALIKE = (TORCH, UNFUSED, FUSED, TRANSFORMERS, LIGER)
-PRODUCTS_ALIKE = (LOOP, GROUPED_MM, PORTABLE, TMA)
+PRODUCTS_ALIKE = (LOOP, GROUPED_MM, GROUPED_MM_BF16, PORTABLE, TMA)
 SWEEP = tuple(replace(floors.QWEN3[0], n_tokens=2**i) for i in range(6, 16))
 
 

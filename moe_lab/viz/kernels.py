@@ -1,13 +1,14 @@
 """Drawings of a GPU at work on ragged products: its memories, the roofline, tiles, their order, and machine code."""
 
-import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
@@ -15,7 +16,7 @@ from moe_lab.gpu import floors
 from moe_lab.ops.tiles import most_tiles, plan_tiles
 from moe_lab.paths import results_dir
 from moe_lab.viz.dispatching import PALE, expert_colour
-from moe_lab.viz.picture import BLUE, GREEN, GREY, INK, ORANGE, SERIES, STYLE, VERMILLION, Picture, new_axes
+from moe_lab.viz.picture import BLUE, GREEN, GREY, INK, ORANGE, SERIES, STYLE, VERMILLION, Picture, new_axes, styled
 
 if TYPE_CHECKING:
     from moe_lab.ops.machine_code import MachineCode
@@ -31,17 +32,10 @@ WASTE = "////"  # waste is hatched, as well as pale
 PROCESSORS = 132
 OPERATIONS_PER_CLOCK = 4 * 512 * 2
 SHARED_BYTES_PER_CLOCK = 32 * 4
-
-
-def _styled(draw: Callable[..., Picture]) -> Callable[..., Picture]:
-    """Draws in the course's style from the first line to the last."""
-
-    @functools.wraps(draw)
-    def drawn(*args: Any, **kwargs: Any) -> Picture:
-        with mpl.rc_context(STYLE):
-            return draw(*args, **kwargs)
-
-    return drawn
+# Of a processor, by compute capability: registers, bytes of shared memory, warps, programs (CUDA C++ Programming Guide,
+# "Technical Specifications per Compute Capability"). A program takes 1 KB of shared memory more than it asks for, and
+# registers by the eight a thread (the occupancy calculator of Nsight Compute).
+ROOM = {80: (65536, 164 * 2**10, 64, 32), 90: (65536, 228 * 2**10, 64, 32)}
 
 
 def recorded() -> dict[str, Any] | None:
@@ -51,6 +45,18 @@ def recorded() -> dict[str, Any] | None:
         return None
     found = json.loads(path.read_text(encoding="utf-8"))
     return found if found.get("measured") else None
+
+
+def rates_of(recording: Mapping[str, Any] | None) -> floors.Rates | None:
+    """What the GPU of a recording reaches in a dense product and in a copy, None if that was not measured.
+
+    Without a recording it is what the datasheet of an H200 states.
+    """
+    if recording is None:
+        return H200
+    found = recording.get("ceilings") or {}
+    operations, moved = found.get("operations_per_second"), found.get("bytes_per_second")
+    return floors.Rates("a dense product and a copy", operations, moved) if operations and moved else None
 
 
 def _stamp(recording: Mapping[str, Any]) -> str:
@@ -73,7 +79,7 @@ def memories() -> list[tuple[str, float, str, float | None]]:
     ]
 
 
-@_styled
+@styled
 def draw_memory() -> Picture:
     """The memories of an H200 by size, and what a byte of each costs in operations that could be done meanwhile."""
     figure, axes = new_axes(8.2, 2.6)
@@ -101,64 +107,104 @@ def draw_memory() -> Picture:
     return Picture(figure, alt)
 
 
-Point = float | tuple[float, float | None]
+# Operations per byte, or these (None: unknown) and TFLOP/s (None: not measured)
+Point = float | tuple[float | None, float | None]
 
 
-RATE = int(H200.operations / 1e12)  # TFLOP/s
+def roof(intensity: float, rates: floors.Rates = H200) -> float:
+    """The most TFLOP/s with so many operations for each byte of memory."""
+    return min(rates.operations, intensity * rates.bytes) / 1e12
 
 
-def roof(intensity: float) -> float:
-    """The most TFLOP/s of an H200 with so many operations for each byte of memory."""
-    return min(RATE, intensity * H200.bytes / 1e12)
-
-
-@_styled
+@styled
 def draw_roofline(
     points: Mapping[str, Point] | None = None,
     *,
+    rates: floors.Rates | None = H200,
+    low: float = 1,
     title: str = "",
-    note: str = "",
-    of: str = "operations per byte of memory",
+    of: str = "of memory",
 ) -> Picture:
-    """What an H200 can reach with so many operations per byte, and where some work stands.
+    """What a GPU can reach with so many operations per byte, and where some work stands.
 
     Args:
-        points: by name operations per byte, or these and TFLOP/s. What was not measured is a ring on the roof.
-        note: on where the points come from.
+        points: by name operations per byte, or these and TFLOP/s. What was not measured is a ring on the roof; of what
+            is measured and has no place the number stands at the left edge.
+        rates: the GPU's; without them there is no roof.
+        low: operations per byte where the figure begins.
+        of: which bytes they are.
     """
-    placed = {name: point if isinstance(point, tuple) else (point, None) for name, point in (points or {}).items()}
     figure, axes = new_axes(7.6, 3.9)
-    low, high = 1, max(4000.0, *(3 * at for at, _ in placed.values())) if placed else 4000.0
-    corner = H200.operations / H200.bytes
-    axes.plot([low, corner, high], [roof(low), roof(corner), roof(high)], color=INK)
-    axes.axvline(corner, color=GREY, linewidth=1, linestyle=":")
-    about = f"{corner:.0f} operations\nper byte"
-    axes.text(corner * 0.92, 1.25 * roof(low), about, ha="right", color="#555555", fontsize=9.5)
-    axes.text(3.2, 1.9 * roof(3.2), f"waits for memory: {H200.bytes / 1e12} TB/s", rotation=38, fontsize=9.5)
-    rate = f"computes: {RATE} TFLOP/s"
-    axes.text(high * 0.93, 1.12 * roof(high), rate, ha="right", fontsize=9.5)
-    for number, (at, reached) in enumerate(placed.values(), 1):
-        level = roof(at) if reached is None else reached
-        fill, ink = ("white", BLUE) if reached is None else (BLUE, "white")
-        look = {"markersize": 14, "markerfacecolor": fill, "markeredgecolor": BLUE, "markeredgewidth": 1.8}
-        axes.plot(at, level, "o", **look, zorder=3)
-        axes.text(at, level, str(number), ha="center", va="center", color=ink, fontsize=9, zorder=4)
-    told = "\n".join(f"{number}  {name}" for number, name in enumerate(placed, 1))
-    axes.text(0.98, 0.04, told, transform=axes.transAxes, ha="right", va="bottom", fontsize=9.5, linespacing=1.35)
-    axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(roof(low), 2.2 * roof(high)))
-    axes.set_xlabel(f"operations per byte of memory{note and f'   ({note})'}")
+    placed = {name: point if isinstance(point, tuple) else (point, None) for name, point in (points or {}).items()}
+    reached = [rate for _, rate in placed.values() if rate is not None]
+    high = max(4000.0, *(3 * (at or 0) for at, _ in placed.values())) if placed else 4000.0
+    top = max(roof(high, rates) if rates else 0, *reached, 1)
+    bottom = min(roof(low, rates) if rates else top / 100, *(0.7 * rate for rate in reached), top)
+    axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(bottom, 2.2 * top))
+    axes.set_xlabel(f"operations per byte {of}")
     axes.set_ylabel("TFLOP/s, bf16")
-    axes.set_title(title)
-    told = [
-        f"{name} at {at:.0f}, {'not measured, the roof there is ' if reached is None else ''}"
-        f"{roof(at) if reached is None else reached:.0f} TFLOP/s"
-        for name, (at, reached) in placed.items()
+    axes.set_title(title, fontsize=10.5)
+    figure.draw_without_rendering()  # the axes get their place, which the slope's angle and the numbers need
+    if rates:
+        _draw_roof(axes, rates, low, high)
+    drawn = {name: (low if at is None else at, roof(at, rates) if y is None else y) for name, (at, y) in placed.items()}
+    _draw_numbered(axes, list(drawn.values()), [rate is not None for _, rate in placed.values()])
+    lines = [
+        f"{number}  {name}{' (bytes unknown)' if at is None else ''}" + ("" if rate is None else f": {rate:.0f}")
+        for number, (name, (at, rate)) in enumerate(placed.items(), 1)
     ]
-    alt = (
-        f"Roofline of an H200, both axes logarithmic: TFLOP/s rise with the operations per byte until {corner:.0f}, "
-        f"from there on they stay at {RATE}. {'; '.join(told)}{'.' if told else ''} {note}"
+    axes.text(
+        0.98, 0.04, "\n".join(lines), transform=axes.transAxes, ha="right", va="bottom", fontsize=9.5, linespacing=1.35
+    )  # fmt: skip
+    told = [
+        f"{name} at {'an unknown place' if at is None else format(at, '.0f')}, "
+        + (f"not measured, the roof there is {int(drawn[name][1])} TFLOP/s" if rate is None else f"{rate:.0f} TFLOP/s")
+        for name, (at, rate) in placed.items()
+    ]
+    return Picture(figure, " ".join(filter(None, (title, _told_roof(rates), f"{'; '.join(told)}." if told else ""))))
+
+
+def _draw_roof(axes: Axes, rates: floors.Rates, low: float, high: float) -> None:
+    corner = rates.operations / rates.bytes
+    axes.plot([low, corner, high], [roof(at, rates) for at in (low, corner, high)], color=INK)
+    axes.axvline(corner, color=GREY, linewidth=1, linestyle=":")
+    bottom = axes.get_ylim()[0]
+    about = f"{corner:.0f} operations\nper byte"
+    axes.text(corner * 0.92, 1.25 * bottom, about, ha="right", color="#555555", fontsize=9.5)
+    begin = 2.2 * low
+    (left, below), (right, above) = axes.transData.transform(
+        [(begin, roof(begin, rates)), (corner, roof(corner, rates))]
     )
-    return Picture(figure, alt.strip())
+    slope = math.degrees(math.atan2(above - below, right - left))
+    waits = f"waits for memory: {rates.bytes / 1e12:.3g} TB/s"
+    look = {"rotation": slope, "rotation_mode": "anchor", "va": "top", "fontsize": 9.5}
+    axes.text(begin, 0.6 * roof(begin, rates), waits, **look)
+    computes = f"computes: {int(rates.operations / 1e12)} TFLOP/s"
+    axes.text(high * 0.93, 1.12 * roof(high, rates), computes, ha="right", fontsize=9.5)
+
+
+def _draw_numbered(axes: Axes, places: Sequence[tuple[float, float]], filled: Sequence[bool]) -> None:
+    """Points, or rings, with their numbers below to the right; numbers one above the other keep apart."""
+    down, apart, near = 9, 11, 20  # pixels
+    last: list[tuple[float, float]] = []
+    for number in sorted(range(len(places)), key=lambda i: places[i][1]):
+        place = places[number]
+        look = {"markersize": 7, "markerfacecolor": BLUE if filled[number] else "white", "markeredgecolor": BLUE}
+        axes.plot(*place, "o", **look, markeredgewidth=1.8, zorder=3, clip_on=False)
+        x, y = axes.transData.transform(place)
+        y = max([y - down, *(other_y + apart for other_x, other_y in last if abs(other_x - x) < near)])
+        last.append((x, y))
+        told = {"color": BLUE, "fontsize": 9.5, "fontweight": "bold", "zorder": 4}
+        axes.text(*axes.transData.inverted().transform((x + 6, y)), str(number + 1), va="center", **told)
+
+
+def _told_roof(rates: floors.Rates | None) -> str:
+    if rates is None:
+        return "TFLOP/s against operations per byte, both logarithmic."
+    return (
+        f"Roofline ({rates.name}), both axes logarithmic: TFLOP/s rise with the operations per byte until "
+        f"{rates.operations / rates.bytes:.0f}, from there on they stay at {int(rates.operations / 1e12)}."
+    )
 
 
 # --- tiles ------------------------------------------------------------------------------------------------------------
@@ -171,7 +217,7 @@ def waste(counts: Sequence[int], block: int) -> tuple[float, float]:
     return 1 - n_rows / padded, 1 - n_rows / tiled
 
 
-@_styled
+@styled
 def draw_padding(counts: Sequence[int], block: int) -> Picture:
     """Groups padded to the fullest one, beside the same in tiles of `block` rows; what is computed for nothing hatched.
 
@@ -204,7 +250,7 @@ def draw_padding(counts: Sequence[int], block: int) -> Picture:
     return Picture(figure, alt)
 
 
-@_styled
+@styled
 def draw_tiles(counts: Sequence[int], block: int) -> Picture:
     """The sorted rows and the tiles over them: by expert, masked rows hatched, tiles that are not used at the end.
 
@@ -265,9 +311,9 @@ def program_of_tiles(n_rows: int, n_columns: int, band: int) -> list[list[int]]:
     return order
 
 
-@_styled
+@styled
 def draw_tile_order(n_rows: int, n_columns: int, band: int, at_once: int | None = None) -> Picture:
-    """Which program computes which tile, row by row and in bands, and what those that run at once read.
+    """Which program computes which tile, column by column and in bands, and what those that run at once read.
 
     Args:
         n_rows: tiles of rows; likewise `n_columns`.
@@ -277,7 +323,7 @@ def draw_tile_order(n_rows: int, n_columns: int, band: int, at_once: int | None 
     told = []
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(8.6, 4.3), layout="constrained")
-        orders = {"row by row": 1, f"in bands of {band}": band}
+        orders = {"column by column": n_rows, f"in bands of {band}": band}  # one band of all rows
         for axes, (name, height) in zip(figure.subplots(1, 2), orders.items(), strict=True):
             order = program_of_tiles(n_rows, n_columns, height)
             running = [(r, c) for r in range(n_rows) for c in range(n_columns) if order[r][c] < at_once]
@@ -308,25 +354,31 @@ def draw_tile_order(n_rows: int, n_columns: int, band: int, at_once: int | None 
 SWEEP_SHAPE = (128, 2048, 768)  # experts, d_model, d_ff
 
 
-def sweep_limit(tokens_per_expert: float) -> float:
-    """The most TFLOP/s of the first product of the block, both floors at an H200's rates."""
+def sweep_limit(tokens_per_expert: float, rates: floors.Rates = H200) -> float:
+    """The most TFLOP/s of the first product of the block, by both floors."""
     n_experts, d_model, d_ff = SWEEP_SHAPE
     work = floors.product(int(tokens_per_expert * n_experts), d_model, 2 * d_ff, n_experts)
-    return roof(work.intensity)
+    return roof(work.intensity, rates)
 
 
-@_styled
+@styled
 def draw_throughput(recording: Mapping[str, Any] | None) -> Picture:
-    """TFLOP/s of the grouped product against tokens per expert; without a recording the limit alone."""
+    """TFLOP/s of the grouped product against tokens per expert; without a recording the limit alone.
+
+    The limit is that of the GPU which was measured (`rates_of`).
+    """
     figure, axes = new_axes(7.6, 3.7)
-    limits = {tokens: sweep_limit(tokens) for tokens in range(4, 4097, 4)}
-    axes.plot(list(limits), list(limits.values()), color=INK, linewidth=1.4, linestyle="--")
-    axes.text(8, 2.0 * limits[8], "no kernel can be above", rotation=33, fontsize=9.5)
+    rates = rates_of(recording)
+    if rates:
+        limits = {tokens: sweep_limit(tokens, rates) for tokens in range(4, 4097, 4)}
+        axes.plot(list(limits), list(limits.values()), color=INK, linewidth=1.4, linestyle="--")
+        limit = "no kernel can be above" if rates is H200 else f"as {rates.name}"
+        axes.text(12, 0.45 * limits[12], limit, rotation=33, fontsize=9.5)
     lines: dict[str, list[tuple[float, float]]] = {}
     for record in (recording or {}).get("sweep", ()):
         for name, one in record["product"].items():
             if "tflops" in one:
-                shown = f"ours, {name}" if name == record["ours"] else name
+                shown = f"{name} (by default)" if name == record["ours"] else name
                 lines.setdefault(shown, []).append((record["tokens_per_expert"], one["tflops"]))
     for number, (name, line) in enumerate(lines.items()):
         axes.plot(*zip(*line, strict=True), "os^Dv*"[number % 6] + "-", color=SERIES[number % 6], label=name)
@@ -341,69 +393,57 @@ def draw_throughput(recording: Mapping[str, Any] | None) -> Picture:
     axes.set_ylabel("TFLOP/s, bf16")
     axes.set_title(_stamp(recording) if lines else f"{NOT_RECORDED}.", fontsize=10.5)
     told = [f"{name} reaches {max(rate for _, rate in line):.0f} TFLOP/s" for name, line in lines.items()]
-    alt = (
-        f"TFLOP/s of a grouped product against tokens per expert, both logarithmic. The limit rises to {RATE}; half of "
-        f"that is reached at {_half_of_the_limit()} tokens. {'; '.join(told) or NOT_RECORDED}."
-    )
-    return Picture(figure, alt)
+    alt = "TFLOP/s of a grouped product against tokens per expert, both logarithmic. "
+    if rates:
+        alt += f"The limit ({rates.name}) rises to {int(sweep_limit(4096, rates))}; half of that is reached at "
+        alt += f"{_half_of_the_limit(rates)} tokens. "
+    return Picture(figure, f"{alt}{'; '.join(told) or NOT_RECORDED}.")
 
 
-def _half_of_the_limit() -> int:
-    return next(tokens for tokens in range(1, 4096) if sweep_limit(tokens) >= sweep_limit(4096) / 2)
+def _half_of_the_limit(rates: floors.Rates) -> int:
+    most = sweep_limit(4096, rates)
+    return next(tokens for tokens in range(1, 4097) if sweep_limit(tokens, rates) >= most / 2)
 
 
-def stages_of(recording: Mapping[str, Any] | None) -> dict[str, tuple[float | None, float | None]]:
-    """Of each step of the optimisation the bytes that its programs ask for, per million operations, and TFLOP/s.
+ONCE = "every number read once"
 
-    Of a library's products nobody knows what they ask for.
 
-    Without a recording there are tiles of four sizes, and no TFLOP/s. What programs ask for, the caches may have.
+def stages_of(recording: Mapping[str, Any] | None) -> dict[str, Point]:
+    """Of each step of the optimisation the operations per byte that its programs ask for, and TFLOP/s.
+
+    Of a library's products nobody knows what they ask for. Without a recording there are tiles of four sizes, and no
+    TFLOP/s. In the end comes what no program can do without: every number read and written once.
     """
     if recording and recording.get("steps"):
-        found = recording["steps"][0]["candidates"]
-        asked = {name: 1e6 / one["flops_per_byte"] if "flops_per_byte" in one else None for name, one in found.items()}
-        return {name: (asked[name], one["tflops"]) for name, one in found.items() if "tflops" in one}
+        record = recording["steps"][0]
+        found = record["candidates"]
+        ran = {name: (one.get("flops_per_byte"), one["tflops"]) for name, one in found.items() if "tflops" in one}
+        return ran | {ONCE: (record["flops"] / record["bytes"], None)} if ran else {}
     n_experts, d_model, d_ff = SWEEP_SHAPE
     n_rows = 8 * 32768
-    flops = floors.product(n_rows, d_model, 2 * d_ff, n_experts).flops
+    work = floors.product(n_rows, d_model, 2 * d_ff, n_experts)
     sizes = {f"tiles of {m} × {n}": (m, n) for m, n in ((32, 32), (64, 64), (128, 128), (128, 256))}
-    return {name: (1e6 * floors.asked(n_rows, d_model, 2 * d_ff, *size) / flops, None) for name, size in sizes.items()}
+    asked = {name: floors.asked(n_rows, d_model, 2 * d_ff, *size) for name, size in sizes.items()}
+    return {name: (work.flops / moved, None) for name, moved in asked.items()} | {ONCE: (work.intensity, None)}
 
 
-@_styled
 def draw_stages(recording: Mapping[str, Any] | None) -> Picture:
-    """The steps of the optimisation: TFLOP/s of each, beside what its programs ask for; the latter alone if unmeasured.
+    """The steps of the optimisation on the roofline, by what their programs ask for; on the roof if not measured.
+
+    What is asked for need not come from memory: where caches serve it, a step is above the slope.
 
     Raises:
         ValueError: a recording in which no step ran.
     """
-    steps = stages_of(recording)
-    if not steps:
+    points = stages_of(recording)
+    if not points:
         raise ValueError("no step of the optimisation ran in this recording: expected at least one.")
-    is_measured = any(rate is not None for _, rate in steps.values())
-    figure, axes = new_axes(8.2, 0.36 * len(steps) + 1.3)
-    for place, (asked, rate) in enumerate(steps.values()):
-        length = asked if rate is None else rate
-        axes.barh(place, length, color=(BLUE, 0.5), edgecolor=BLUE, height=0.62)
-        told = [] if rate is None else [f"{rate:.0f}"]
-        told += [] if asked is None else [f"{'asks for ' if rate else ''}{asked / 1e3:.0f} KB"]
-        axes.text(length, place, "  " + ", ".join(told), va="center", fontsize=9.5)
-    axes.set_yticks(range(len(steps)), list(steps))
-    axes.set_ylim(len(steps) - 0.4, -0.6)
-    if is_measured:
-        axes.axvline(RATE, color=INK, linestyle="--", linewidth=1.4)
-        axes.set_xlim(0, 1.25 * RATE)
-        axes.set_xlabel(f"TFLOP/s, bf16; dashed: an H200's most ({RATE}); KB asked for in a million operations")
-        axes.set_title(_stamp(recording), fontsize=10)
-        told = [f"{name} {rate:.0f} TFLOP/s" for name, (_, rate) in steps.items()]
-        return Picture(figure, f"Bars of the steps of an optimisation, {_stamp(recording)}: {'; '.join(told)}.")
-    axes.set_xlim(0, 1.15 * max(asked for asked, _ in steps.values()))
-    axes.set_xticks([])
-    axes.set_xlabel("bytes that programs ask for in a million operations")
-    axes.set_title(f"The larger the tile, the less is asked for. {NOT_RECORDED}.", fontsize=10.5)
-    told = [f"{name} {asked / 1e3:.0f} KB" for name, (asked, _) in steps.items()]
-    alt = f"Bars of the bytes that programs ask for in a million operations: {'; '.join(told)}. {NOT_RECORDED}."
-    return Picture(figure, alt)
+    rates = rates_of(recording)
+    if rates is None:  # then there is no roof for what was not measured
+        points = {name: point for name, point in points.items() if point[1] is not None}
+    is_measured = any(rate is not None for _, rate in points.values())
+    title = f"{_stamp(recording)}." if is_measured else f"{NOT_RECORDED}: rings are where the roof is."
+    return draw_roofline(points, rates=rates, low=6, title=title, of="that programs ask for")
 
 
 # --- bytes that fusing saves ------------------------------------------------------------------------------------------
@@ -428,7 +468,7 @@ def bytes_of_steps(
     }
 
 
-@_styled
+@styled
 def draw_fusion(n_tokens: int, top_k: int, d_model: int, d_ff: int, element_size: int = 2) -> Picture:
     """Bytes of rows that a block moves in a forward pass without gradients, step by step and fused."""
     found = bytes_of_steps(n_tokens, top_k, d_model, d_ff, element_size)
@@ -462,12 +502,15 @@ class CodeView:
         found = [name for name in code.instructions if name.endswith("MMA")]
         self.instruction = instruction or next(iter(found), None)
         times = code.instructions.get(self.instruction, 0) if self.instruction else 0
+        room = programs_at_once(code)
         self.table = {
             "tensor-core instruction": f"{self.instruction}, in {times} places" if times else "none",
             "registers of a thread": f"{code.registers} of 255",
             "spills": f"{code.spills} instructions, {code.local_bytes} bytes",
             "shared memory": f"{code.shared_bytes / 1024:.0f} KB",
         }
+        if room:
+            self.table["programs on a processor at once"] = str(room)
         self.has_it, self.lines = times > 0, excerpt(code.sass, self.instruction, lines) if times else []
 
     def __repr__(self) -> str:
@@ -494,6 +537,17 @@ def show_machine_code(code: "MachineCode", instruction: str | None = None, lines
         lines: of machine code, as many as there are around it.
     """
     return CodeView(code, instruction, lines)
+
+
+def programs_at_once(code: "MachineCode") -> int | None:
+    """How many programs find room on one processor; None where that is not known."""
+    warps = code.constants.get("num_warps")
+    if code.capability not in ROOM or not warps:
+        return None
+    registers, shared, most_warps, most = ROOM[code.capability]
+    of_a_thread = -(-code.registers // 8) * 8
+    by_registers = registers // (32 * warps * of_a_thread)
+    return min(by_registers, shared // (code.shared_bytes + 1024), most_warps // warps, most)
 
 
 def excerpt(sass: str, instruction: str, lines: int) -> list[str]:

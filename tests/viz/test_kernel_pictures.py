@@ -26,8 +26,20 @@ MEASURED = {
         }
         for tokens in (4, 8)
     ],
-    "steps": [{"candidates": {"small": {"flops_per_byte": 10.0, "tflops": 50.0}, "no": {"failed": "no"}}}],
+    "ceilings": {"operations_per_second": 500e12, "bytes_per_second": 2e12},
+    "steps": [
+        {
+            "flops": 900.0,
+            "bytes": 3.0,
+            "candidates": {
+                "a library's": {"tflops": 40.0},
+                "small": {"flops_per_byte": 10.0, "tflops": 50.0},
+                "no": {"failed": "no"},
+            },
+        }
+    ],
 }
+NO_CEILINGS = MEASURED | {"ceilings": {"operations_per_second": None, "bytes_per_second": None}}
 
 
 def test_nothing_is_recorded_until_a_gpu_was_measured(tmp_path, monkeypatch):
@@ -49,10 +61,28 @@ def test_what_a_byte_costs_in_operations():
 def test_the_roof():
     corner = floors.H200.operations / floors.H200.bytes
     assert kernels.roof(1) == pytest.approx(4.8)
-    assert kernels.roof(corner) == kernels.roof(10 * corner) == 989
+    assert kernels.roof(corner) == kernels.roof(10 * corner) == 989.5
     alt = viz.draw_roofline({"a": 10.0, "b": (20.0, 33.0)}).alt
     assert "a at 10, not measured, the roof there is 48 TFLOP/s" in alt
     assert "b at 20, 33 TFLOP/s" in alt
+    assert "Roofline (H200, datasheet)" in alt
+    assert "stay at 989." in alt
+
+
+def test_the_roof_is_that_of_the_gpu_which_was_measured():
+    rates = kernels.rates_of(MEASURED)
+    assert (rates.operations, rates.bytes) == (500e12, 2e12)
+    assert kernels.roof(100, rates) == pytest.approx(200)
+    assert kernels.roof(1000, rates) == pytest.approx(500)
+    assert kernels.sweep_limit(4096, rates) == pytest.approx(500)
+    assert kernels.rates_of(None) is kernels.H200
+    for without in (NO_CEILINGS, {name: part for name, part in MEASURED.items() if name != "ceilings"}):
+        assert kernels.rates_of(without) is None
+        assert "limit" not in viz.draw_throughput(without).alt
+        stages = viz.draw_stages(without).alt
+        assert "Roofline" not in stages
+        assert "small at 10, 50 TFLOP/s" in stages
+        assert kernels.ONCE not in stages  # it was not measured, and there is no roof to stand on
 
 
 @pytest.mark.parametrize(
@@ -86,30 +116,49 @@ def test_every_tile_has_a_program_and_bands_go_down_first(n_rows, n_columns, ban
 
 def test_what_programs_read_at_once():
     alt = viz.draw_tile_order(12, 12, 4).alt
-    assert "row by row: 2 tiles of rows and 12 of columns; in bands of 4: 4 tiles of rows and 4 of columns" in alt
+    assert "column by column: 12 tiles of rows and 2 of columns; in bands of 4: 4 tiles of rows and 4 of columns" in alt
+    # 16 at once in columns of 5: three full ones and a part
+    assert "column by column: 5 tiles of rows and 4 of columns" in viz.draw_tile_order(5, 7, 4).alt
 
 
 def test_the_limit_of_the_sweep_and_what_was_measured():
-    assert kernels.sweep_limit(4096) == kernels.RATE == 989
+    assert int(kernels.sweep_limit(4096)) == 989
     assert kernels.sweep_limit(4) < 20
     assert kernels.NOT_RECORDED in viz.draw_throughput(None).alt
     alt = viz.draw_throughput(MEASURED).alt
-    assert "ours, with TMA reaches 16 TFLOP/s; dense reaches 24 TFLOP/s." in alt
+    assert "with TMA (by default) reaches 16 TFLOP/s; dense reaches 24 TFLOP/s." in alt
+    assert "The limit (a dense product and a copy) rises to 500" in alt
     assert kernels.NOT_RECORDED not in alt
 
 
 def test_the_steps_of_the_optimisation():
-    assert kernels.stages_of(MEASURED) == {"small": (1e5, 50.0)}
+    assert kernels.stages_of(MEASURED) == {
+        "a library's": (None, 40.0),
+        "small": (10.0, 50.0),
+        kernels.ONCE: (300.0, None),
+    }
     alt = viz.draw_stages(MEASURED).alt
-    assert "a GPU of this test, torch 2.0, triton 3.0, 2026-01-02: small 50 TFLOP/s." in alt
-    asked = [asked for asked, rate in kernels.stages_of(None).values() if rate is None]
-    assert len(asked) == 4
-    assert asked == sorted(asked, reverse=True)
-    # a tile of 128 × 128 reads 2 · 128 numbers of 2 bytes for 2 · 128 · 128 operations; a result is 2 more in 2 · 2048
-    assert asked[2] == pytest.approx(1e6 * (2 * 128 * 2 / (2 * 128 * 128) + 2 / (2 * 2048)))
-    assert kernels.NOT_RECORDED in viz.draw_stages(None).alt
+    assert alt.startswith(
+        "a GPU of this test, torch 2.0, triton 3.0, 2026-01-02. Roofline (a dense product and a copy)"
+    )
+    assert "a library's at an unknown place, 40 TFLOP/s; small at 10, 50 TFLOP/s;" in alt
+    assert "every number read once at 300, not measured, the roof there is 500 TFLOP/s" in alt
+    assert kernels.NOT_RECORDED not in alt
     with pytest.raises(ValueError, match="no step of the optimisation ran"):
-        viz.draw_stages({"steps": [{"candidates": {"one": {"failed": "x"}}}]})
+        viz.draw_stages({"steps": [{"flops": 1.0, "bytes": 1.0, "candidates": {"one": {"failed": "x"}}}]})
+
+
+def test_the_steps_without_a_recording_stand_on_the_roof():
+    points = kernels.stages_of(None)
+    assert all(rate is None for _, rate in points.values())
+    intensities = [intensity for intensity, _ in points.values()]
+    assert len(intensities) == 5
+    assert intensities == sorted(intensities)
+    # a tile of 128 × 128 reads 2 · 128 numbers of 2 bytes for 2 · 128 · 128 operations; a result is 2 more in 2 · 2048
+    assert intensities[2] == pytest.approx(1 / (2 * 128 * 2 / (2 * 128 * 128) + 2 / (2 * 2048)))
+    alt = viz.draw_stages(None).alt
+    assert kernels.NOT_RECORDED in alt
+    assert "tiles of 128 × 128 at 62, not measured, the roof there is 297 TFLOP/s" in alt
 
 
 def test_bytes_of_a_block_by_hand():
@@ -140,6 +189,7 @@ CODE = SimpleNamespace(
     spills=0,
     local_bytes=0,
     shared_bytes=98304,
+    constants={"num_warps": 8},
 )
 
 
@@ -155,10 +205,28 @@ def test_machine_code_in_brief():
     assert "HGMMA, in 4 places" in html
     assert "168 of 255" in html
     assert "96 KB" in html
+    assert "<td>programs on a processor at once</td><td>1</td>" in html
     assert "<strong>@!P0 HGMMA" in html
     missing = viz.show_machine_code(CODE, instruction="UTCHMMA")
     assert repr(missing) == "product, compiled for compute capability 9.0: does not have UTCHMMA"
     assert "<pre" not in missing._repr_html_()
+
+
+@pytest.mark.parametrize(
+    ("changes", "programs"),
+    [
+        ({}, 1),  # 256 threads of 168 registers: 43,008 of 65,536
+        ({"registers": 103}, 2),  # of 104: 26,624; and 97 KB of 228, twice
+        ({"registers": 103, "shared_bytes": 116 * 1024}, 1),
+        ({"registers": 32, "shared_bytes": 0}, 8),  # 64 warps, of 8 each
+        ({"registers": 24, "shared_bytes": 0, "constants": {"num_warps": 1}}, 32),
+        ({"registers": 103, "capability": 80}, 1),
+        ({"capability": 100}, None),
+        ({"constants": {}}, None),
+    ],
+)
+def test_programs_that_find_room_on_a_processor(changes, programs):
+    assert kernels.programs_at_once(SimpleNamespace(**vars(CODE) | changes)) == programs
 
 
 def test_a_plan_is_what_is_drawn():

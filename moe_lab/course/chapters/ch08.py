@@ -1,8 +1,13 @@
 """The exercises of notebook 08: a first kernel, a tile, the plan of ragged tiles, the grouped product, its gradient.
 
 Kernels are checked in Triton's interpreter, with their tensors watched: what lies outside of one is NaN to a kernel,
-and so is what a mask leaves open; every store is counted, and how fp32 is multiplied is noted. A laptop's interpreter
+and so is what a mask leaves open; every store is counted, and how tiles are multiplied is noted. A laptop's interpreter
 would forgive what a GPU does not.
+
+Block pointers and descriptors (`tl.make_block_ptr`, `tl.make_tensor_descriptor`) become pointers and masks in the
+interpreter, so they are watched alike: one that is told too large a shape reads outside, and that is seen. The
+interpreter refuses descriptors of rows that do not begin at multiples of 16 bytes, as a GPU does; so these do. Atomics
+are not watched.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,6 +25,7 @@ from moe_lab.ops import tiles as course_tiles
 KERNELS = "moe_lab.course.chapters.kernels08"
 BLOCK = 16  # the smallest side of a tile that `tl.dot` takes
 UNTOUCHED = -99.0  # what results hold before a kernel runs
+MULTIPLIES = {False: "exactly", True: "fp32 rounded to TF32"}
 
 
 def _rand(*shape: int, seed: int) -> Tensor:
@@ -35,20 +41,25 @@ def _ceil(a: int, b: int) -> int:
 
 
 def _with_margins(tensor: Tensor, margin: int = 2 * BLOCK) -> Tensor:
-    """The same numbers in the middle of a larger tensor: a row is followed by other things, and nothing is aligned.
+    """The same numbers in the middle of a larger tensor: a row is followed by other things, at least four numbers.
 
-    The margins hold NaN, in whole numbers 0.
+    Rows begin at multiples of 16 bytes, as descriptors want it. The margins hold NaN, in whole numbers 0.
     """
     shape = [size + 2 * margin if dim == 0 else size + 3 for dim, size in enumerate(tensor.shape)]
+    shape[-1] = 4 * _ceil(shape[-1] + 1, 4)
     wide = torch.full(shape, float("nan") if tensor.is_floating_point() else 0, dtype=tensor.dtype)
-    inner = wide[(slice(margin, -margin), *(slice(0, size) for size in tensor.shape[1:]))]
+    inner = wide[(slice(margin, margin + len(tensor)), *(slice(0, size) for size in tensor.shape[1:]))]
     return inner.copy_(tensor)
 
 
 class _Watch:
-    """Which places of some tensors a kernel reads and stores, while the interpreter runs it."""
+    """Which places of some tensors a kernel reads and stores, while the interpreter runs it.
 
-    def __init__(self, tensors: dict[str, Tensor], target: str) -> None:
+    Args:
+        by_dot: whether tiles are to be multiplied by `tl.dot`.
+    """
+
+    def __init__(self, tensors: dict[str, Tensor], target: str, by_dot: bool = False) -> None:
         self.tensors, self.target = tensors, target
         self.own, self.base = {}, {}
         for name, tensor in tensors.items():
@@ -57,6 +68,7 @@ class _Watch:
             self.own[name], self.base[name] = own.numpy(), tensor.untyped_storage().data_ptr()
         self.stores = np.zeros(len(self.own[target]), dtype=np.int64)
         self.read_outside: set[str] = set()
+        self.lacks_dot = by_dot  # until there is one
         self.rounds = False  # whether fp32 is multiplied as TF32
         self.stored_outside: set[int] = set()
 
@@ -102,13 +114,23 @@ class _Watch:
         return {
             "what it stores": ", ".join(fault for fault, is_so in faults.items() if is_so) or "every place once",
             "what it reads": f"places outside of {', '.join(outside)}" if outside else "only its tensors",
-            "how it multiplies": "fp32 rounded to TF32" if self.rounds else "exactly",
+            "how it multiplies": "without `tl.dot`" if self.lacks_dot else MULTIPLIES[self.rounds],
             self.target: torch.where(once, result, UNTOUCHED),
         }
 
 
+def _bare(mask: Any) -> np.ndarray:
+    """A mask's places; that of a block pointer or a descriptor comes as it is, any other one in a handle."""
+    return (mask if isinstance(mask, np.ndarray) else mask.data).astype(bool)
+
+
+def _like(mask: Any, places: np.ndarray) -> Any:
+    """The same kind of mask with other places."""
+    return places if isinstance(mask, np.ndarray) else type(mask)(places, mask.dtype)
+
+
 @contextmanager
-def _watched(tensors: dict[str, Tensor], target: str) -> Iterator[_Watch]:
+def _watched(tensors: dict[str, Tensor], target: str, by_dot: bool = False) -> Iterator[_Watch]:
     """Inside, what the interpreter loads, stores and multiplies goes past a watch.
 
     Loads from elsewhere give NaN, and so do places that are masked without `other`; in whole numbers they give 0 (the
@@ -117,25 +139,26 @@ def _watched(tensors: dict[str, Tensor], target: str) -> Iterator[_Watch]:
     from triton._C.libtriton import ir
     from triton.runtime.interpreter import interpreter_builder as builder
 
-    watch = _Watch(tensors, target)
+    watch = _Watch(tensors, target, by_dot)
     load, store, dot = builder.create_masked_load, builder.create_masked_store, builder.create_dot
 
-    def watched_load(pointers: Any, mask: Any, other: Any, *more: Any) -> Any:
-        wanted = mask.data.astype(bool)
+    def watched_load(pointers: Any, mask: Any, other: Any, *more: Any, **named: Any) -> Any:
+        wanted = _bare(mask)
         inside = watch.read(pointers.data, wanted)
-        loaded = load(pointers, type(mask)(inside, mask.dtype), other, *more)
+        loaded = load(pointers, _like(mask, inside), other, *more, **named)
         unknown = wanted & ~inside if other is not None else ~inside  # without `other` what is masked may be anything
         if unknown.any() and np.issubdtype(loaded.data.dtype, np.floating):
             loaded.data = np.where(unknown, np.nan, loaded.data).astype(loaded.data.dtype)
         return loaded
 
-    def watched_store(pointers: Any, value: Any, mask: Any, *more: Any) -> Any:
-        inside = watch.store(pointers.data, mask.data.astype(bool))
-        return store(pointers, value, type(mask)(inside, mask.dtype), *more)
+    def watched_store(pointers: Any, value: Any, mask: Any, *more: Any, **named: Any) -> Any:
+        inside = watch.store(pointers.data, _bare(mask))
+        return store(pointers, value, _like(mask, inside), *more, **named)
 
-    def watched_dot(a: Any, b: Any, total: Any, precision: Any, *more: Any) -> Any:
+    def watched_dot(a: Any, b: Any, total: Any, precision: Any, *more: Any, **named: Any) -> Any:
+        watch.lacks_dot = False
         watch.rounds |= precision != ir.INPUT_PRECISION.IEEE and a.data.dtype == np.float32
-        return dot(a, b, total, precision, *more)
+        return dot(a, b, total, precision, *more, **named)
 
     watched = {
         "create_masked_load": watched_load,
@@ -303,7 +326,7 @@ def _run_tile_product(kernel: Any, case: Case) -> dict:
     (m, k), n = x.shape, len(w)
     y = _result(m, n)
     grid = (_ceil(m, BLOCK), _ceil(n, BLOCK))
-    with _watched({"x": x, "w": w, "y": y}, target="y") as watch:
+    with _watched({"x": x, "w": w, "y": y}, target="y", by_dot=True) as watch:
         kernel[grid](x, w, y, m, n, k, x.stride(0), *w.stride(), y.stride(0), BLOCK, BLOCK, BLOCK)
     return watch.report()
 
@@ -313,9 +336,20 @@ _ADD = 'tl.dot(a, b, total, input_precision="ieee")'
 _LOAD_A, _LOAD_B = "mask=in_m & in_k[None, :], other=0.0", "mask=in_n & in_k[:, None], other=0.0"
 
 
+def _without_dot(right: Kernel, product: str, written_out: str) -> Mistake:
+    """Tiles multiplied number by number; `product` is the line with `tl.dot`, and `written_out` the same without."""
+    return Mistake(
+        name="multiplied without `tl.dot`",
+        wrong=right.changed((product, written_out)),
+        says="All numbers are right, but products are written out, and summed by ordinary multiplications and "
+        "additions. Tensor cores, which have nearly all of a GPU's rate, are reached by `tl.dot` alone.",
+    )
+
+
 def _of_the_sum(right: Kernel) -> tuple[Mistake, ...]:
     """Mistakes of the sum over K, which 8.2 and 8.4 share."""
     return (
+        _without_dot(right, f"total = {_ADD}", "total += tl.sum(a[:, :, None] * b[None, :, :], axis=1)"),
         Mistake(
             name="only the last block of K counts",
             wrong=right.changed((_ADD, 'tl.dot(a, b, input_precision="ieee")')),
@@ -671,7 +705,7 @@ def _run_grouped(kernel: Any, case: Case) -> dict:
     y = _result(len(x), n)
     n_tiles = tiles.shape[1]
     grid = (n_tiles, _ceil(n, BLOCK))
-    with _watched({"x": x, "w": w, "y": y, "tiles": tiles}, target="y") as watch:
+    with _watched({"x": x, "w": w, "y": y, "tiles": tiles}, target="y", by_dot=True) as watch:
         strides = (x.stride(0), *w.stride(), y.stride(0))
         kernel[grid](x, w, y, tiles, n_tiles, n, k, *strides, BLOCK, BLOCK, BLOCK)
     return watch.report()
@@ -793,7 +827,7 @@ def _run_gradient(kernel: Any, case: Case) -> dict:
     n, k, n_experts = dy.shape[1], x.shape[1], len(offsets)
     dw = torch.full((n_experts + 2, n, k), UNTOUCHED)[1:-1]  # contiguous, as the kernel is told
     grid = (n_experts, _ceil(n, BLOCK), _ceil(k, BLOCK))
-    with _watched({"dy": dy, "x": x, "dw": dw, "offsets": offsets}, target="dw") as watch:
+    with _watched({"dy": dy, "x": x, "dw": dw, "offsets": offsets}, target="dw", by_dot=True) as watch:
         kernel[grid](dy, x, dw, offsets, n, k, dy.stride(0), x.stride(0), BLOCK, BLOCK, BLOCK)
     return watch.report()
 
@@ -809,6 +843,7 @@ WEIGHT_GRADIENT = Exercise(
     run=_run_gradient,
     seconds=60,
     mistakes=(
+        _without_dot(_GRADIENT, _SUM, "total += tl.sum(a[:, :, None] * b[:, None, :], axis=0)"),
         Mistake(
             name="an empty expert gets no zeros",
             wrong=_GRADIENT.changed(

@@ -48,7 +48,7 @@ def grouped_product(
     count = tl.load(tiles + 2 * n_tiles + tile)
     place = tl.arange(0, BLOCK_M)
     row = (first + place).to(tl.int64)
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     in_m, in_n = (place < count)[:, None], (n < N)[None, :]
     w += group.to(tl.int64) * stride_we
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)

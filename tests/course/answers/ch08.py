@@ -146,21 +146,91 @@ def tile_transposed(
     tl.store(y + m * stride_y + n, turned, mask=(m < M) & (n < N))
 
 
+@triton.jit
+def tile_by_block_pointers(
+    x, w, y, M, N, K, stride_x, stride_wn, stride_wk, stride_y,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    m, n = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N
+    x_at = tl.make_block_ptr(x, (M, K), (stride_x, 1), (m, 0), (BLOCK_M, BLOCK_K), (1, 0))
+    w_at = tl.make_block_ptr(w, (K, N), (stride_wk, stride_wn), (0, n), (BLOCK_K, BLOCK_N), (0, 1))
+    y_at = tl.make_block_ptr(y, (M, N), (stride_y, 1), (m, n), (BLOCK_M, BLOCK_N), (1, 0))
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for _ in range(0, K, BLOCK_K):
+        a = tl.load(x_at, boundary_check=(0, 1), padding_option="zero")
+        b = tl.load(w_at, boundary_check=(0, 1), padding_option="zero")
+        total = tl.dot(a, b, total, input_precision="ieee")
+        x_at = tl.advance(x_at, (0, BLOCK_K))
+        w_at = tl.advance(w_at, (BLOCK_K, 0))
+    tl.store(y_at, total.to(y.dtype.element_ty), boundary_check=(0, 1))
+
+
+@triton.jit
+def tile_by_descriptors(
+    x, w, y, M, N, K, stride_x, stride_wn, stride_wk, stride_y,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    first, column = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N
+    x_tiles = tl.make_tensor_descriptor(x, [M, K], [stride_x, 1], [BLOCK_M, BLOCK_K])
+    y_tiles = tl.make_tensor_descriptor(y, [M, N], [stride_y, 1], [BLOCK_M, BLOCK_N])
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    if stride_wk == 1:
+        w_tiles = tl.make_tensor_descriptor(w, [N, K], [stride_wn, 1], [BLOCK_N, BLOCK_K])
+    else:
+        w_tiles = tl.make_tensor_descriptor(w, [K, N], [stride_wk, 1], [BLOCK_K, BLOCK_N])
+    for done in range(0, K, BLOCK_K):
+        a = x_tiles.load([first, done])
+        b = w_tiles.load([column, done]).T if stride_wk == 1 else w_tiles.load([done, column])
+        total = tl.dot(a, b, total, input_precision="ieee")
+    y_tiles.store([first, column], total)
+
+
+@triton.jit
+def tile_by_scalars(
+    x, w, y, M, N, K, stride_x, stride_wn, stride_wk, stride_y,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for k in range(K):
+        a = tl.load(x + m * stride_x + k, mask=m < M, other=0.0)
+        b = tl.load(w + n * stride_wn + k * stride_wk, mask=n < N, other=0.0)
+        total += a * b
+    tl.store(y + m * stride_y + n, total, mask=(m < M) & (n < N))
+
+
 ONE, TWO = Kernel.of(tile_by_pointers), Kernel.of(tile_clamped)
+BLOCKS, DESCRIPTORS = Kernel.of(tile_by_block_pointers), Kernel.of(tile_by_descriptors)
 IS_ROW = "tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M) < M"
 IS_COLUMN = "tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N) < N"
+X_CHECKED = 'tl.load(x_at, boundary_check=(0, 1), padding_option="zero")'
+W_CHECKED = 'tl.load(w_at, boundary_check=(0, 1), padding_option="zero")'
 TILE = {
     "the store has no mask": [
         ONE.changed(("acc, mask=(rows < M) & (columns < N))", "acc)")),
         TWO.changed(("total, mask=is_row & is_column)", "total)")),
+        BLOCKS.changed(("element_ty), boundary_check=(0, 1))", "element_ty))")),
     ],
     "rows past M are stored": [
         ONE.changed(("acc, mask=(rows < M) & (columns < N))", "acc, mask=columns < N)")),
         TWO.changed(("total, mask=is_row & is_column)", "total, mask=is_column)")),
+        DESCRIPTORS.changed(("(y, [M, N]", "(y, [M + BLOCK_M, N]")),
     ],
     "x is read past its last row": [
         ONE.changed(("mask=(rows < M) & (depth[None, :] < rest)", "mask=depth[None, :] < rest")),
         TWO.changed(("tl.minimum(m, M - 1)[:, None]", "m[:, None]")),
+        BLOCKS.changed((X_CHECKED, X_CHECKED.replace("(0, 1)", "(1,)"))),
+        DESCRIPTORS.changed(("(x, [M, K]", "(x, [M + BLOCK_M, K]")),
+    ],
+    "multiplied without `tl.dot`": [
+        ONE.changed(
+            (
+                'tl.dot(left, right, input_precision="ieee")',
+                "tl.sum(left[:, :, None] * tl.broadcast_to(right[None, :, :], BLOCK_M, BLOCK_K, BLOCK_N), 1)",
+            )
+        ),
+        tile_by_scalars,
     ],
     "only the last block of K counts": [
         ONE.changed(("acc += tl.dot", "acc = tl.dot")),
@@ -239,6 +309,10 @@ TILE = {
         TWO.changed(
             ("x_row + k, mask=k < K, other=0.0", "x_row + k, mask=k < K"),
             ("stride_wk, mask=k < K, other=0.0", "stride_wk, mask=k < K"),
+        ),
+        BLOCKS.changed(
+            (X_CHECKED, X_CHECKED.replace(', padding_option="zero"', "")),
+            (W_CHECKED, W_CHECKED.replace(', padding_option="zero"', "")),
         ),
     ],
     "fp32 rounded before it is multiplied": [
@@ -501,10 +575,88 @@ def grouped_transposed(
     tl.store(y + m * stride_y + n, turned, mask=(m < end) & (n < N))
 
 
+@triton.jit
+def grouped_by_block_pointers(
+    x, w, y, tiles, n_tiles, N, K, stride_x, stride_we, stride_wn, stride_wk, stride_y,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    tile, n = tl.program_id(0), tl.program_id(1) * BLOCK_N
+    group = tl.load(tiles + tile)
+    if group < 0:
+        return
+    first = tl.load(tiles + n_tiles + tile).to(tl.int64)
+    count = tl.load(tiles + 2 * n_tiles + tile)
+    x += first * stride_x
+    w += group.to(tl.int64) * stride_we
+    y += first * stride_y
+    x_at = tl.make_block_ptr(x, (count, K), (stride_x, 1), (0, 0), (BLOCK_M, BLOCK_K), (1, 0))
+    w_at = tl.make_block_ptr(w, (K, N), (stride_wk, stride_wn), (0, n), (BLOCK_K, BLOCK_N), (0, 1))
+    y_at = tl.make_block_ptr(y, (count, N), (stride_y, 1), (0, n), (BLOCK_M, BLOCK_N), (1, 0))
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for _ in range(0, K, BLOCK_K):
+        a = tl.load(x_at, boundary_check=(0, 1), padding_option="zero")
+        b = tl.load(w_at, boundary_check=(0, 1), padding_option="zero")
+        total = tl.dot(a, b, total, input_precision="ieee")
+        x_at = x_at.advance((0, BLOCK_K))
+        w_at = w_at.advance((BLOCK_K, 0))
+    tl.store(y_at, total.to(y.dtype.element_ty), boundary_check=(0, 1))
+
+
+@triton.jit
+def grouped_by_descriptors(
+    x, w, y, tiles, n_tiles, N, K, stride_x, stride_we, stride_wn, stride_wk, stride_y,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(0)
+    group, first = tl.load(tiles + tile), tl.load(tiles + n_tiles + tile)
+    if group >= 0:
+        end = first + tl.load(tiles + 2 * n_tiles + tile)
+        column = tl.program_id(1) * BLOCK_N
+        n = column + tl.arange(0, BLOCK_N)[None, :]
+        x_tiles = tl.make_tensor_descriptor(x, [end, K], [stride_x, 1], [BLOCK_M, BLOCK_K])
+        y_tiles = tl.make_tensor_descriptor(y, [end, N], [stride_y, 1], [BLOCK_M, BLOCK_N])
+        w += group.to(tl.int64) * stride_we
+        total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        for done in range(0, K, BLOCK_K):
+            k = done + tl.arange(0, BLOCK_K)[:, None]
+            b = tl.load(w + n * stride_wn + k * stride_wk, mask=(n < N) & (k < K), other=0.0)
+            total = tl.dot(x_tiles.load([first, done]), b, total, input_precision="ieee")
+        y_tiles.store([first, column], total)
+
+
+@triton.jit
+def grouped_by_scalars(
+    x, w, y, tiles, n_tiles, N, K, stride_x, stride_we, stride_wn, stride_wk, stride_y,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    plan = tiles + tl.program_id(0)
+    group, first, count = tl.load(plan), tl.load(plan + n_tiles), tl.load(plan + 2 * n_tiles)
+    if group < 0:
+        return
+    m = tl.arange(0, BLOCK_M)[:, None]
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    row = (first + m).to(tl.int64)
+    w_at = w + group.to(tl.int64) * stride_we + n * stride_wn
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for k in range(K):
+        a = tl.load(x + row * stride_x + k, mask=m < count, other=0.0)
+        total += a * tl.load(w_at + k * stride_wk, mask=n < N, other=0.0)
+    tl.store(y + row * stride_y + n, total, mask=(m < count) & (n < N))
+
+
 ONE, TWO = Kernel.of(grouped_by_pointers), Kernel.of(grouped_clamped)
 X_ROWS = "first + tl.minimum(m, count - 1)"
 IS_ROW, IS_COLUMN = "tl.arange(0, BLOCK_M) < height", "column * BLOCK_N + tl.arange(0, BLOCK_N) < N"
 GROUPED = {
+    "multiplied without `tl.dot`": [
+        ONE.changed(
+            (
+                'tl.dot(left, right, input_precision="ieee")',
+                "tl.sum(left[:, :, None] * tl.broadcast_to(right[None, :, :], BLOCK_M, BLOCK_K, BLOCK_N), 1)",
+            )
+        ),
+        grouped_by_scalars,
+    ],
     "the ragged edge is not masked": [
         ONE.changed(("acc, mask=(inner < height) & (columns < N))", "acc, mask=columns < N)")),
         TWO.changed(("total, mask=is_row & is_column)", "total, mask=is_column)")),
@@ -775,9 +927,53 @@ def gradient_turned(
     tl.store(dw + e * N * K + n[None, :] * K + k[:, None], turned, mask=(n < N)[None, :] & (k < K)[:, None])
 
 
+@triton.jit
+def gradient_by_descriptors(
+    dy, x, dw, offsets, N, K, stride_dy, stride_x,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    e, n, k = tl.program_id(0), tl.program_id(1) * BLOCK_N, tl.program_id(2) * BLOCK_K
+    start = tl.load(offsets + e - 1, mask=e > 0, other=0)
+    end = tl.load(offsets + e)
+    left = tl.make_tensor_descriptor(dy, [end, N], [stride_dy, 1], [BLOCK_R, BLOCK_N])
+    right = tl.make_block_ptr(x, (end, K), (stride_x, 1), (start, k), (BLOCK_R, BLOCK_K), (1, 0))
+    target = tl.make_block_ptr(dw + e * N * K, (N, K), (K, 1), (n, k), (BLOCK_N, BLOCK_K), (1, 0))
+    total = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
+    for row in range(start, end, BLOCK_R):
+        b = tl.load(right, boundary_check=(0, 1), padding_option="zero")
+        total = tl.dot(left.load([row, n]).T, b, total, input_precision="ieee")
+        right = tl.advance(right, (BLOCK_R, 0))
+    tl.store(target, total.to(dw.dtype.element_ty), boundary_check=(0, 1))
+
+
+@triton.jit
+def gradient_row_by_row(
+    dy, x, dw, offsets, N, K, stride_dy, stride_x,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    e = tl.program_id(0)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+    k = tl.program_id(2) * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+    start = tl.load(offsets + e - 1, mask=e > 0, other=0)
+    total = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
+    for row in range(start, tl.load(offsets + e)):
+        a = tl.load(dy + row * stride_dy + n, mask=n < N, other=0.0)
+        total += a * tl.load(x + row * stride_x + k, mask=k < K, other=0.0)
+    tl.store(dw + (e * N + n) * K + k, total, mask=(n < N) & (k < K))
+
+
 ONE, TWO = Kernel.of(gradient_by_blocks), Kernel.of(gradient_transposed_loads)
 BEGIN = "    if expert > 0:\n        begin = tl.load(offsets + expert - 1)\n"
 GRADIENT = {
+    "multiplied without `tl.dot`": [
+        gradient_row_by_row,
+        TWO.changed(
+            (
+                'tl.dot(a, b, acc=total, input_precision="ieee")',
+                "total + tl.sum(a[:, :, None] * tl.broadcast_to(b[None, :, :], BLOCK_N, BLOCK_R, BLOCK_K), 1)",
+            )
+        ),
+    ],
     "an empty expert gets no zeros": [
         ONE.changed(
             ("    outs = tl.program_id(1)", "    if end <= begin:\n        return\n    outs = tl.program_id(1)")
@@ -861,9 +1057,15 @@ GRADIENT = {
 
 RIGHT = {
     "8.1": [scale_by_pointers, scale_in_two_steps, scale_clamped],
-    "8.2": [tile_by_pointers, tile_clamped, tile_transposed],
+    "8.2": [tile_by_pointers, tile_clamped, tile_transposed, tile_by_block_pointers, tile_by_descriptors],
     "8.3": [by_loop, by_vectors, by_search],
-    "8.4": [grouped_by_pointers, grouped_clamped, grouped_transposed],
-    "8.5": [gradient_by_blocks, gradient_transposed_loads, gradient_turned],
+    "8.4": [
+        grouped_by_pointers,
+        grouped_clamped,
+        grouped_transposed,
+        grouped_by_block_pointers,
+        grouped_by_descriptors,
+    ],
+    "8.5": [gradient_by_blocks, gradient_transposed_loads, gradient_turned, gradient_by_descriptors],
 }
 WRONG = {"8.1": SCALE, "8.2": TILE, "8.3": PLAN, "8.4": GROUPED, "8.5": GRADIENT}
