@@ -190,15 +190,15 @@ def poisoned(device: str = DEVICE) -> Iterator[None]:
 
 @pytest.fixture
 def force() -> Iterator[Callable[..., None]]:
-    """`force("few", tma=False)`: kernels take the tiles of that class, and of the two products that one."""
+    """`force("few", tma=False)`: kernels take the tiles of that class, of the products that one, and what changes."""
     with contextlib.ExitStack() as until_the_end:
 
-        def force(table: str, tma: bool) -> None:
+        def force(table: str, tma: bool, **changes: object) -> None:
             chip = capability() if DEVICE == "cuda" else 0
             if tma and 0 < chip < 90:
                 pytest.skip("descriptors (TMA) need a GPU from Hopper (SM 9.0) on")
             tiles = choose_tiles(chip, 2, {"few": 1, "many": 2**20}[table], 1)  # rows of one group
-            until_the_end.enter_context(launches().using(tiles, tma=tma))
+            until_the_end.enter_context(launches().using(tiles, tma=tma, **changes))
 
         yield force
 
@@ -283,6 +283,14 @@ def test_the_product_is_as_exact_as_cublas_and_writes_everything(force, table, t
 @pytest.mark.parametrize("counts", [[1], [0, 300, 0], COUNTS], ids=["one token", "one takes all", "mixed"])
 def test_the_product_in_sizes_that_nothing_divides(counts, sizes):
     product_check(counts, sizes, torch.bfloat16)
+
+
+@pytest.mark.parametrize("flatten", [True, False], ids=["one loop", "two loops"])
+@pytest.mark.parametrize("table", ["few", "many"])
+def test_a_program_of_the_grid_that_stays_takes_tile_after_tile(force, table, flatten):
+    force(table, tma=True, flatten=flatten)
+    product_check([700, 0, 1, *20 * [513, 130]], (512, 1024), torch.bfloat16)  # some four tiles a program, and more
+    block_check(6000, (256, 1024), torch.bfloat16)
 
 
 @pytest.mark.parametrize("tma", [False, True])
