@@ -242,18 +242,18 @@ def gate_up(
         "TOP_K": top_k, "PRECISION": _precision(x), "BAND": sizes.band, "EVEN_K": d_model % tile.depth == 0,
         "tile": tile, **_blocks(tile),
     }  # fmt: skip
-    sizes_of_all = tiles.n_tiles, tiles.n_groups, width, d_model, x.stride(0)
+    extents = tiles.n_tiles, tiles.n_groups, width, d_model, x.stride(0)
     n_programs = tiles.n_tiles * triton.cdiv(width, tile.columns)
     if not (sizes.tma and _can_describe(w_in)):
         _launch(
             kernels.gate_up, (n_programs,),
-            x, w_in, inner, hidden, tiles.table, plan.row_choices, *sizes_of_all, *w_in.stride()[:2], **constants,
+            x, w_in, inner, hidden, tiles.table, plan.row_choices, *extents, *w_in.stride()[:2], **constants,
         )  # fmt: skip
         return
     w_blocks = TensorDescriptor.from_tensor(w_in.view(-1, 2, width, d_model), [1, 2, tile.columns, tile.depth])
     _launch(
         kernels.gate_up_tma, (min(_n_processors(x), n_programs),),
-        x, w_blocks, inner, hidden, tiles.table, tiles.n_used, plan.row_choices, *sizes_of_all,
+        x, w_blocks, inner, hidden, tiles.table, tiles.n_used, plan.row_choices, *extents,
         FLATTEN=sizes.flatten, **constants,
     )  # fmt: skip
 

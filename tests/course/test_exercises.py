@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,19 @@ from torch import nn
 
 from moe_lab.course import exercise
 from moe_lab.course.bank import Case, Mistake, UnknownExercise, find
-from moe_lab.course.checking import Refused, Run, compare, fresh_state, load_weights, matches, show, show_pair, snapshot
+from moe_lab.course.checking import (
+    Raised,
+    Refused,
+    Run,
+    compare,
+    fresh_state,
+    load_weights,
+    matches,
+    rules_out,
+    show,
+    show_pair,
+    snapshot,
+)
 from moe_lab.course.exercises import Outcome, check
 from moe_lab.paths import CourseError
 
@@ -489,6 +502,17 @@ def test_a_mistake_within_tolerance_of_the_reference_names_nothing():
     assert compare(expected[0], got[0], **tolerance)
     assert not compare(mistake[0], got[0], **tolerance)
     assert not matches(expected, mistake, got, **tolerance)
+
+
+def test_no_single_case_rules_out_a_mistake_that_matches():
+    raised = [Run(raised=Raised(kind="ValueError", message=message)) for message in "ab"]
+    runs = [Run(value=0.0), Run(value=1.0), Run(value=1.0, inputs={"x": 1}), *raised]
+    both, tolerance = list(product(runs, repeat=2)), {"rtol": 0, "atol": 0}
+    found = [three for three in product(both, repeat=3) if matches(*map(list, three), **tolerance)]
+    assert any(mistake != got for _, mistake, got in found)
+    for _, mistake, got in found:
+        assert not any(rules_out(*each, **tolerance) for each in zip(mistake, got, strict=True))
+    assert rules_out(runs[0], runs[1], **tolerance)
 
 
 def test_the_deepest_difference_is_named():

@@ -154,6 +154,23 @@ def test_tiles_of_any_shape_give_the_same(case, tiles, poison, launched, monkeyp
     assert ("grouped_product_tma" in launched) == (tiles.tma and d_model % 4 == width % 4 == 0)
 
 
+@interpreted
+@pytest.mark.parametrize("tiles", ["wide", "wide, descriptors"])
+def test_what_lies_beside_a_row_does_not_come_in(tiles, poison):
+    """Descriptors give 0 past the end of a matrix's row; but NaN times 0 is NaN."""
+    from moe_lab.ops import launches
+
+    case = CASES["rows of 16 bytes"]
+    assert case[1] % TILES[tiles].gate_up.depth
+    tensors, ids = made(*case, torch.float32)
+    upstream = torch.randn_like(tensors[0])
+    wanted = by_definition(tensors, ids, upstream)
+    tensors[0] = torch.cat([tensors[0], torch.full((len(tensors[0]), 4), float("nan"))], 1)[:, :-4]
+    with launches.using(TILES[tiles]):
+        got = run(tensors, sort_choices(ids, case[3]), upstream, "triton")
+    assert_same(got, wanted, 1e-5)
+
+
 @pytest.mark.parametrize("impl", each(MOE_MLP))
 def test_weights_in_the_dtype_of_x_and_autocast(impl, poison):
     tensors, ids = made(*CASES["what blocks divide"], torch.float16)
